@@ -1,0 +1,24 @@
+"""The hot loops, a folder each, behind functions that look like Torch's.
+
+A kernel's function has its folder's name, and the function is what this package exports:
+``squall.kernels.local_response_norm`` is callable. ``from squall.kernels.local_response_norm import ...`` still reaches
+into the folder.
+"""
+
+from .local_response_norm.function import local_response_norm as local_response_norm
+
+__all__ = ["available", "local_response_norm"]
+
+
+def available() -> dict[str, str]:
+    """Tell which path serves each kernel in this installation.
+
+    Returns:
+        A kernel's name to its path: ``"torch"`` is Torch operations, which run wherever Torch does.
+
+    Example:
+        >>> available()["local_response_norm"]
+        'torch'
+
+    """
+    return {"local_response_norm": "torch"}

@@ -1,0 +1,73 @@
+"""The public function: checks, dispatch to tensor subclasses, and the link to autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .torch_path import Window, differentiable_backward, torch_backward, torch_forward
+
+
+class _LocalResponseNorm(torch.autograd.Function):
+    """Keeps the input alone: in AlexNet the ReLU before it keeps that very tensor too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.window = window
+        return torch_forward(x, window)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        # Gradients are on in here only when somebody asked for a graph of the backward pass.
+        backward = differentiable_backward if torch.is_grad_enabled() else torch_backward
+        return backward(grads[0], x, ctx.window), None
+
+
+def local_response_norm(
+    x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, groups: int = 1
+) -> Tensor:
+    r"""Normalise each channel by its neighbours' activity (Krizhevsky et al. 2012, section 3.3).
+
+    .. math:: y_i = x_i \Big/ \Big(k + \frac{\alpha}{n} \sum_{j \in \mathrm{window}(i)} x_j^2\Big)^\beta
+
+    The window of ``size`` :math:`n` channels reaches ``size // 2`` below channel i and ``(size - 1) // 2`` above, and
+    ends at the group's edges. As in :func:`torch.nn.functional.local_response_norm` and in cuda-convnet2, which trained
+    the 2012 network, alpha is divided by ``size``; the paper's formula doesn't say so. Gradients of any order work.
+
+    Args:
+        x: Shape (N, C), (N, C, L), (N, C, H, W) or with more dimensions; half precision is summed in float32.
+        size: Channels in the window.
+        alpha: Factor of the mean square over the window.
+        beta: Exponent; 0.75, 0.5 and 1 are faster than others.
+        k: What is added to the mean, positive.
+        groups: Contiguous groups of channels, the columns of the 2012 network, that are normalised apart.
+
+    Returns:
+        A tensor like ``x``.
+
+    Raises:
+        ValueError: ``x`` has no channels, ``size`` is below 1, or ``groups`` doesn't divide the channels.
+
+    Example:
+        >>> x = torch.ones(1, 4, 2, 2)
+        >>> local_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0, groups=2).shape
+        torch.Size([1, 4, 2, 2])
+
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(local_response_norm, (x,), x, size, alpha, beta, k, groups)
+    if x.ndim < 2:
+        raise ValueError(f"x must have a batch and a channel dimension, (N, C, ...), got shape {tuple(x.shape)}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1 channel, got {size}")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups={groups} doesn't divide the {x.shape[1]} channels of x; give a divisor")
+    if x.numel() == 0:
+        return x
+    result: Tensor = _LocalResponseNorm.apply(x, Window(size, alpha, beta, k, groups))  # type: ignore[no-untyped-call]
+    return result
