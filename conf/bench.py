@@ -1,0 +1,109 @@
+"""The command ``squall-bench``: run one suite of measurements, and write its table, its figures and its picture.
+
+A suite is a file ``conf/suite/<name>.yaml`` whose ``_target_`` is a function. It gets the file's other entries as
+arguments and returns a :class:`SuiteResult`; all writing is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from squall.conf.main import UserError, report_errors
+from squall.conf.writers import format_value, write_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class SuiteResult:
+    """What a suite has measured.
+
+    Args:
+        title: Heading of the report.
+        rows: The table; all values plain numbers or strings.
+        notes: A paragraph below it: what was compared with what, and how.
+        figure: A matplotlib figure, or None.
+        extra: More figures that only the JSON file holds, such as every single timing.
+        failures: A sentence for each claim that the figures don't bear out; with any the command ends with exit code 1.
+
+    Example:
+        >>> SuiteResult("Speed", [{"strategy": "ddp", "ratio": 1.0}]).rows[0]["ratio"]
+        1.0
+
+    """
+
+    title: str
+    rows: Sequence[Mapping[str, Any]]
+    notes: str = ""
+    figure: Figure | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    failures: Sequence[str] = ()
+
+
+def write(result: SuiteResult, stem: Path) -> None:
+    """Write a result as Markdown, JSON and, if it has a figure, PNG; and print its table.
+
+    Args:
+        result: What was measured.
+        stem: Path without suffix.
+
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    write_results(
+        stem, result.title, result.rows, notes=result.notes, extra={**result.extra, "failures": list(result.failures)}
+    )
+    if result.figure is not None:
+        result.figure.savefig(stem.with_suffix(".png"))
+    table = Table(title=result.title, title_style="bold")
+    columns = list(dict.fromkeys(key for row in result.rows for key in row))
+    for name in columns:
+        numeric = all(isinstance(row.get(name), int | float | None) for row in result.rows)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in result.rows:
+        table.add_row(*(format_value(row.get(name)) for name in columns))
+    Console().print(table, result.notes, f"[dim]{stem.resolve()}.md .json[/dim]", sep="\n")
+
+
+def suites() -> list[str]:
+    """List the suites there are.
+
+    Returns:
+        Their names, sorted.
+
+    """
+    return sorted(path.stem for path in (Path(__file__).parent / "suite").glob("*.yaml"))
+
+
+@hydra.main(version_base="1.3", config_path=".", config_name="bench")
+def _app(cfg: DictConfig) -> None:
+    if cfg.get("suite") is None:
+        raise UserError(
+            f"Say what to measure: squall-bench suite=NAME, with NAME one of: {', '.join(suites()) or '(none)'}"
+        )
+    result = hydra.utils.instantiate(cfg.suite)
+    if not isinstance(result, SuiteResult):
+        raise TypeError(f"{cfg.suite._target_} returned {type(result).__name__}; a suite returns a SuiteResult.")
+    config = HydraConfig.get()
+    name = config.runtime.choices.get("suite") or "suite"  # one given by its _target_ alone has no name
+    write(result, Path(config.runtime.output_dir) / str(name))
+    if result.failures:
+        raise UserError(" ".join(result.failures))
+
+
+def main() -> None:
+    """Run the command; exit code 1 when the input is at fault or a claim isn't borne out."""
+    report_errors(_app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""The command ``squall``: train, validate or test one model under one Strategy, as the tree beside this file says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+MODES = ("fit", "validate", "test")
+# What a model file leaves null, and the attribute of the DataModule that fills it in.
+FROM_DATA = {"num_classes": "num_classes", "in_channels": "num_channels", "image_size": "image_size"}
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what, and no traceback is shown."""
+
+
+def num_devices(cfg: DictConfig) -> int:
+    """Say how many processes of this host a configuration needs.
+
+    Args:
+        cfg: The configuration; ``trainer.devices`` decides unless it is null.
+
+    Returns:
+        ``trainer.devices``; or else 1 for the single-device Strategy, columns times replicas for one that has them,
+        and 2.
+
+    Raises:
+        UserError: If ``trainer.devices`` asks several of a Strategy that uses one.
+
+    """
+    strategy = cfg.strategy
+    single = str(strategy.get("_target_", "")).endswith("SingleDeviceStrategy")
+    asked = cfg.trainer.get("devices")
+    if asked is not None:
+        if single and str(asked) not in ("1", "auto"):
+            raise UserError(
+                f"strategy=single uses one process: leave trainer.devices={asked} out, or take strategy=ddp."
+            )
+        return 1 if single else asked
+    if single:
+        return 1
+    if strategy.get("num_columns") is not None:
+        return int(strategy.num_columns) * int(strategy.get("data_parallel_size") or 1)
+    return 2
+
+
+def fill_from_data(node: Any, datamodule: Any) -> None:
+    """Replace, in place and at any depth, what a model file leaves null with what the data says.
+
+    Args:
+        node: The model's configuration.
+        datamodule: Has the attributes ``num_classes``, ``num_channels`` and ``image_size``.
+
+    """
+    if isinstance(node, DictConfig):
+        for key in list(node):
+            if key in FROM_DATA and node[key] is None:
+                node[key] = getattr(datamodule, FROM_DATA[str(key)])
+            else:
+                fill_from_data(node[key], datamodule)
+
+
+def instantiate_all(node: DictConfig | None) -> list[Any]:
+    """Make every object of a group whose file names several; an entry that is null is left out.
+
+    Args:
+        node: Named entries, each with a ``_target_``.
+
+    Returns:
+        The objects.
+
+    """
+    return [hydra.utils.instantiate(entry) for entry in (node or {}).values() if entry is not None]
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Do what a configuration says.
+
+    Args:
+        cfg: The composed tree, see ``conf/squall.yaml``.
+
+    Returns:
+        The metrics of the last stage, by name.
+
+    Raises:
+        UserError: If the configuration asks for what can't be done, or data is missing.
+
+    """
+    from lightning.pytorch import seed_everything
+
+    if cfg.mode not in MODES:
+        raise UserError(f"mode={cfg.mode} is none of {', '.join(MODES)}.")
+    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).exists():
+        raise UserError(f"ckpt_path={cfg.ckpt_path}: there is no such file.")
+    if cfg.ckpt_path is None and cfg.mode != "fit":
+        raise UserError(f"mode={cfg.mode} needs a checkpoint: add ckpt_path=<run folder>/checkpoints/last.ckpt")
+    if cfg.seed is not None:
+        seed_everything(cfg.seed, workers=True, verbose=False)
+
+    quiet_console()
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.trainer.devices = num_devices(cfg)
+        datamodule = _make_datamodule(cfg.data)
+        fill_from_data(cfg.model, datamodule)
+    module = hydra.utils.instantiate(cfg.model)
+    trainer = hydra.utils.instantiate(
+        cfg.trainer,
+        strategy=hydra.utils.instantiate(cfg.strategy),
+        callbacks=instantiate_all(cfg.callbacks),
+        logger=instantiate_all(cfg.logger) or False,
+        enable_progress_bar=(cfg.callbacks or {}).get("progress") is not None,
+        enable_checkpointing=(cfg.callbacks or {}).get("checkpoint") is not None,
+    )
+    if cfg.mode == "fit":
+        trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
+        metrics = dict(trainer.callback_metrics)
+        if not trainer.interrupted:
+            trainer.test(module, datamodule=datamodule, verbose=False)
+            metrics |= trainer.callback_metrics
+    else:
+        stage = trainer.validate if cfg.mode == "validate" else trainer.test
+        stage(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, verbose=cfg.mode == "validate")
+        metrics = dict(trainer.callback_metrics)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def quiet_console() -> None:
+    """Leave the console to the progress bar, the tables and warnings; the log file has the rest."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.propagate = True
+        for handler in logger.handlers:
+            handler.setLevel(logging.WARNING)
+    # Lightning's own use of torch, nothing a user can change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`optimizer.step..` has been overridden.*")  # by a Strategy, rightly
+
+
+def _make_datamodule(cfg: DictConfig) -> Any:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        names = ", ".join(f"{key}=<path>" for key in missing)
+        raise UserError(f"This data set needs to be told where it lies: add {names}")
+    datamodule = hydra.utils.instantiate(cfg)
+    # Now rather than in every rank, so that missing data is one message.
+    datamodule.prepare_data()
+    return datamodule
+
+
+def explain(error: BaseException) -> str | None:
+    """Turn an error that its message explains into that message.
+
+    Args:
+        error: What ended the run.
+
+    Returns:
+        The message, or None if the error is a fault of the program, whose traceback is wanted.
+
+    """
+    from hydra.errors import HydraException, InstantiationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from squall.launching import RankFailedError
+
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        cause = explain(error.__cause__)
+        named_wrongly = isinstance(error.__cause__, ImportError | TypeError)
+        return str(error) if cause is None and named_wrongly else cause
+    explained = (UserError, RankFailedError, MisconfigurationException, FileNotFoundError, ValueError)
+    if isinstance(error, (*explained, HydraException, OmegaConfBaseException)):
+        return str(error)
+    return None
+
+
+@hydra.main(version_base="1.3", config_path=".", config_name="squall")
+def _app(cfg: DictConfig) -> dict[str, float]:
+    from squall.launching import restored_environment
+
+    with restored_environment():  # a seed of this job is not the next one's
+        return run(cfg)
+
+
+def main() -> None:
+    """Run the command; a message and exit code 1 when the user's input is at fault."""
+    report_errors(_app)
+
+
+def report_errors(app: Any) -> None:
+    """Run a Hydra application, and show those errors that their message explains without a traceback.
+
+    Args:
+        app: A function that :func:`hydra.main` has wrapped.
+
+    """
+    from squall.launching import restored_environment
+
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        app()
+        return
+    try:
+        with restored_environment():
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise, rather than print and exit
+            app()
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        hint = "\n(HYDRA_FULL_ERROR=1 shows where this was raised.)" if type(error) is ValueError else ""
+        sys.stderr.write(f"squall: {message}{hint}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The commands as users call them: what they say when they can't, and what they leave when they can."""
+
+import json
+import sys
+
+import pytest
+
+from squall.conf import bench
+from squall.conf import main as command
+from tests.conf import programs
+
+SMALL = ["model=lenet300", "model.model.width=0.1", "trainer.max_epochs=1", "+trainer.limit_train_batches=8"]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Call a command in this process; return its exit code and what it wrote to stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    def called(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["squall", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.err, captured.out
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["strategy=nope"], "Could not find 'strategy/nope'"),
+        (["trainer.nope=1"], "nope"),
+        (["data=image_folder"], "data.root=<path>"),
+        (["mode=sing"], "fit, validate, test"),
+        (["mode=test"], "ckpt_path="),
+        (["ckpt_path=nowhere.ckpt"], "there is no such file"),
+        (["strategy=single", "trainer.devices=2"], "strategy=ddp"),
+        (["data.batch_sise=2"], "batch_sise"),
+        (["model.model._target_=squall.models.Nope"], "Nope"),
+    ],
+)
+def test_what_is_wrong_is_one_clear_message(call, arguments, words):
+    code, error, _ = call(command.main, *arguments)
+    assert code == 1
+    assert words in error
+    assert "Traceback" not in error
+    assert error.count("squall: ") == 1
+
+
+def test_bench_names_its_suites(call):
+    code, error, _ = call(bench.main)
+    assert code == 1
+    for name in bench.suites():
+        assert name in error
+    assert "suite=NAME" in error
+
+
+def measured(number):
+    return bench.SuiteResult(
+        "Title", [{"what": "a", "ratio": number}], notes="Note.", failures=["Too slow."] * (number < 1)
+    )
+
+
+def test_bench_writes_what_a_suite_returns(call, tmp_path):
+    target = "+suite._target_=tests.conf.test_command.measured"
+    code, error, _ = call(bench.main, target, "+suite.number=1.25", "hydra.run.dir=there")
+    assert code == 0, error
+    report = (tmp_path / "there" / "suite.md").read_text()
+    assert report.startswith("# Title\n\n| what | ratio |\n|:--|--:|\n| a | 1.25 |\n\nNote.\n")
+    record = json.loads((tmp_path / "there" / "suite.json").read_text())
+    assert record["rows"] == [{"what": "a", "ratio": 1.25}]
+    assert record["machine"]["versions"]["torch"]
+    code, error, _ = call(bench.main, target, "+suite.number=0.5", "hydra.run.dir=there")
+    assert (code, "Too slow." in error) == (1, True)
+
+
+@pytest.mark.parametrize("main", [command.main, bench.main])
+def test_help(call, main):
+    code, _, output = call(main, "--help")
+    assert code == 0
+    assert "Configuration groups" in output
+
+
+def test_a_sweep_leaves_a_folder_a_job_and_a_comparison(tmp_path):
+    squall = [programs.PYTHON, "-m", "squall.conf.main"]
+    returncode, output = programs.run([*squall, "-m", "strategy=single,ddp", *SMALL], tmp_path, timeout=120)
+    assert returncode == 0, output
+    folders = programs.job_folders(tmp_path)
+    assert [folder.name for folder in folders] == ["0", "1"]
+    for folder in folders:
+        left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert left >= {
+            *("csv/metrics.csv", "learning_curve.png", "summary.md", "summary.json", "squall.log"),
+            "checkpoints/last.ckpt",
+        }
+        assert any(name.startswith("tensorboard/events") for name in left)
+        assert sum(name.startswith("checkpoints/best") for name in left) == 1
+        summary = json.loads((folder / "summary.json").read_text())["summary"]
+        assert 0.05 < summary["test_accuracy"] <= 1
+        assert summary["images_per_second"] > 0
+    sweep = folders[0].parent
+    rows = json.loads((sweep / "comparison.json").read_text())["rows"]
+    assert [(row["job"], row["strategy"]) for row in rows] == [("0", "single"), ("1", "ddp")]
+    assert rows[0]["bytes per image"] == 0 < rows[1]["bytes per image"]
+    assert rows[0]["weights per rank"] == rows[1]["weights per rank"] > 0
+    assert (sweep / "comparison.png").stat().st_size > 5000
+    assert (sweep / "comparison.md").read_text().startswith("# Comparison")
+    assert "Comparison of the jobs" in output
+    assert "Traceback" not in output
+
+
+def test_a_checkpoint_is_resumed_and_tested(call, tmp_path):
+    alone = ["strategy=single", *SMALL, "callbacks.progress=null", "model.schedule=cosine"]
+    assert call(command.main, *alone, "hydra.run.dir=first")[0] == 0
+    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    code, error, output = call(command.main, *alone, "mode=test", f"ckpt_path={last}", "hydra.run.dir=tested")
+    assert code == 0, error
+    accuracies = [
+        json.loads((tmp_path / name / "summary.json").read_text())["summary"]["test_accuracy"]
+        for name in ("first", "tested")
+    ]
+    assert accuracies[0] == accuracies[1]
+    assert "test accuracy" in output
+    more = [*alone, "trainer.max_epochs=2", f"ckpt_path={last}", "hydra.run.dir=second"]
+    assert call(command.main, *more)[0] == 0
+    assert json.loads((tmp_path / "second" / "summary.json").read_text())["summary"]["epochs"] == 2
