@@ -1,0 +1,115 @@
+"""All weights and optimizer state at one version, read out of the shards' memory while others train on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .client import Client
+from .memory import Segment
+from .optimizers import read_entry
+from .plan import Plan
+from .staleness import MEAN_SQUARE
+from .updates import SliceMemory
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is made of.
+
+    Args:
+        version: Number of updates in it.
+        weights: Of each parameter, in the plan's order.
+        state: What the optimizers keep for each; empty for parameters that have had no update.
+        report: The coordinator's numbers, and the state of the queue, at that version.
+
+    """
+
+    version: int
+    weights: tuple[Tensor, ...]
+    state: tuple[dict[str, Any], ...]
+    report: dict[str, Any]
+
+
+def fill(memories: Sequence[SliceMemory], parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
+    """Give the shards their first weights, and the state that the optimizers bring along."""
+    with torch.no_grad():
+        for memory in memories:
+            for unit in memory.slice.units:
+                parameter = parameters[unit.parameter]
+                flat = parameter.detach().reshape(-1)[unit.start : unit.stop]
+                memory.weights(unit).copy_(flat)
+                state = optimizers[unit.info.optimizer].state.get(parameter)
+                if state:
+                    memory.write_state(unit, _cut(state, parameter.shape, unit.start, unit.stop))
+
+
+def _cut(state: Mapping[str, Any], shape: torch.Size, start: int, stop: int) -> dict[str, Any]:
+    return {
+        key: value.reshape(-1)[start:stop]
+        if isinstance(value, Tensor) and value.shape == shape and value.numel() > 1
+        else value
+        for key, value in state.items()
+    }
+
+
+def take(client: Client, plan: Plan, names: Sequence[str], with_state: bool) -> Snapshot:
+    """Read one version.
+
+    Args:
+        client: The worker's line to the coordinator, which holds later updates back meanwhile.
+        plan: All slices.
+        names: Of the shards' memories.
+        with_state: Read the optimizers' state, too.
+
+    """
+    report, _ = client.call({"op": "snapshot"})
+    try:
+        memories = [SliceMemory(Segment(name), slice_) for name, slice_ in zip(names, plan.slices, strict=True)]
+        weights = tuple(torch.empty(info.num_elements, dtype=info.dtype) for info in plan.parameters)
+        state: tuple[dict[str, Any], ...] = tuple({} for _ in plan.parameters)
+        for memory in memories:
+            for unit in memory.slice.units:
+                weights[unit.parameter][unit.start : unit.stop].copy_(memory.weights(unit))
+                if with_state and memory.flags[unit.index]:
+                    _read_state(memory, unit, state[unit.parameter])
+    finally:
+        client.call({"op": "release"})
+    shaped = tuple(weight.view(info.shape) for weight, info in zip(weights, plan.parameters, strict=True))
+    return Snapshot(int(report["version"]), shaped, state, report)
+
+
+def _read_state(memory: SliceMemory, unit: Any, state: dict[str, Any]) -> None:
+    for entry, flat in zip(unit.info.state, memory.state(unit), strict=True):
+        if entry.name == MEAN_SQUARE:
+            continue
+        if entry.kind == "like":
+            if entry.name not in state:
+                state[entry.name] = torch.zeros(unit.info.shape, dtype=entry.dtype)
+            state[entry.name].view(-1)[unit.start : unit.stop].copy_(flat)
+        elif entry.kind == "tensor":
+            state[entry.name] = flat.view(entry.shape).clone()
+        else:
+            state[entry.name] = read_entry(entry, flat, ())
+
+
+def optimizer_state_dict(
+    optimizer: Optimizer, index_of: Mapping[nn.Parameter, int], snapshot: Snapshot
+) -> dict[str, Any]:
+    """What ``optimizer.state_dict()`` would give on one device.
+
+    Args:
+        optimizer: A worker's, whose groups are right and whose state is with the shards.
+        index_of: Number of each parameter in the plan.
+        snapshot: Where the state is.
+
+    """
+    groups: dict[str, Any] = optimizer.state_dict()
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = ((number, snapshot.state[index_of[p]]) for number, p in enumerate(members) if p in index_of)
+    return {**groups, "state": {number: state for number, state in states if state}}

@@ -1,0 +1,288 @@
+"""A shard's slice of weights and optimizer state, and the one pass over it that is an update.
+
+The slice lies in shared memory. A batch of units is updated at a time: its bytes are noted down first, so that
+whoever finds the memory after a ``kill -9`` puts the interrupted batch back and goes on from there. Which batch of
+which command that is, is a single number, written in one store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .memory import Segment, aligned
+from .optimizers import Hyperparameters, adopt, make_faster, read_entry, write_entry
+from .plan import Batch, Slice, Unit
+from .staleness import MEAN_SQUARE, StalenessRule
+
+Decode = Callable[[Unit, Tensor, Tensor], Tensor]  # unit, code, scratch -> gradient (may be the code itself)
+
+_PROGRESS, _JOURNAL = 0, 1
+_CURSOR_BITS = 24
+
+
+class SliceMemory:
+    """The memory of a slice, by name of what lies in it.
+
+    Args:
+        segment: Of the slice's size.
+        slice_: What lies where.
+
+    """
+
+    def __init__(self, segment: Segment, slice_: Slice) -> None:
+        self.slice = slice_
+        self.segment = segment
+        self.control = segment.tensor(torch.int64, 0, 8).numpy()
+        self.flags = segment.tensor(torch.uint8, slice_.flags_offset, len(slice_.units)).numpy()
+
+    def weights(self, unit: Unit) -> Tensor:
+        """A unit's weights, flat."""
+        return self.segment.tensor(unit.info.dtype, unit.weight_offset, unit.num_elements)
+
+    def batch_weights(self, batch: Batch) -> Tensor:
+        """A batch's weights, as bytes."""
+        return self.segment.tensor(torch.uint8, batch.offset, batch.num_weight_bytes)
+
+    def state(self, unit: Unit) -> list[Tensor]:
+        """Where each entry of a unit's state lies, flat."""
+        return [
+            self.segment.tensor(entry.dtype, offset, entry.num_elements(unit.num_elements))
+            for entry, offset in zip(unit.info.state, unit.state_offsets, strict=True)
+        ]
+
+    def write_state(self, unit: Unit, state: Mapping[str, Any]) -> None:
+        """Set a unit's optimizer state; entries that ``state`` lacks are zero."""
+        for entry, memory in zip(unit.info.state, self.state(unit), strict=True):
+            if entry.name in state and state[entry.name] is not None:
+                write_entry(entry, memory, state[entry.name])
+            else:
+                memory.zero_()
+        self.flags[unit.index] = 1
+
+    def read_state(self, unit: Unit) -> dict[str, Any] | None:
+        """A unit's optimizer state, on the memory itself; None if it has not been stepped."""
+        if not self.flags[unit.index]:
+            return None
+        return {
+            entry.name: read_entry(entry, memory, _shape(unit))
+            for entry, memory in zip(unit.info.state, self.state(unit), strict=True)
+            if entry.name != MEAN_SQUARE
+        }
+
+
+def _shape(unit: Unit) -> tuple[int, ...]:
+    whole = unit.num_elements == unit.info.num_elements
+    return unit.info.shape if whole else (unit.num_elements,)
+
+
+class _Stepper:
+    """One batch, ready to be stepped any number of times."""
+
+    def __init__(self, memory: SliceMemory, batch: Batch, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        self.memory = memory
+        self.batch = batch
+        self.bytes = memory.segment.tensor(torch.uint8, batch.offset, batch.num_bytes)
+        self._optimizer = optimizer
+        self._groups = groups
+        self.weights = [memory.weights(unit) for unit in batch.units]
+        self._parameters = [
+            nn.Parameter(weight.view(_shape(unit)), requires_grad=True)
+            for unit, weight in zip(batch.units, self.weights, strict=True)
+        ]
+        self._memories = [memory.state(unit) for unit in batch.units]
+        self._states: list[dict[str, Any] | None] = [memory.read_state(unit) for unit in batch.units]
+
+    def step(self, gradients: Sequence[Tensor | None], scale: float) -> None:
+        """Step the optimizer on the units that have a gradient."""
+        by_group: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        state: dict[Tensor, Any] = self._optimizer.state  # a defaultdict, which optimizers rely on
+        state.clear()
+        stepped = []
+        for index, (parameter, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
+            if gradient is None:
+                continue
+            unit = self.batch.units[index]
+            parameter.grad = gradient.view(parameter.shape)
+            kept = self._states[index]
+            if kept is not None:
+                state[parameter] = kept
+            # Fused SGD can't take parameters with and without momentum in one call; a group each is two calls.
+            begins = kept is None and bool(self._groups[unit.info.group].get("fused"))
+            by_group.setdefault((unit.info.group, begins), []).append(parameter)
+            stepped.append(index)
+        groups = [{**self._groups[group], "params": members} for (group, _), members in sorted(by_group.items())]
+        if scale != 1.0:
+            for group in groups:
+                group["lr"] = group["lr"] * scale
+        self._optimizer.param_groups = groups
+        type(self._optimizer).step(self._optimizer)
+        for index in stepped:
+            parameter = self._parameters[index]
+            self._keep(index, state[parameter])
+            parameter.grad = None
+
+    def _keep(self, index: int, state: dict[str, Any]) -> None:
+        """Bring what the optimizer made or replaced to where it is found again."""
+        unit = self.batch.units[index]
+        for entry, memory in zip(unit.info.state, self._memories[index], strict=True):
+            value = state.get(entry.name)
+            if entry.name == MEAN_SQUARE or value is None:
+                continue
+            write_entry(entry, memory, value)
+            if isinstance(value, Tensor) and value.data_ptr() != memory.data_ptr():
+                state[entry.name] = read_entry(entry, memory, _shape(unit))
+        self._states[index] = state
+        self.memory.flags[unit.index] = 1
+
+
+class Updater:
+    """Applies pushes to a slice, exactly once each, whatever happens to the process.
+
+    Args:
+        memory: The slice, as an earlier process may have left it.
+        optimizers: All optimizers, bare.
+        groups: The hyperparameters of each one's groups.
+        rule: What to do about staleness.
+        decode: Makes a unit's gradient of its code.
+
+    """
+
+    def __init__(
+        self,
+        memory: SliceMemory,
+        optimizers: Sequence[Optimizer],
+        groups: Sequence[list[dict[str, Any]]],
+        rule: StalenessRule,
+        decode: Decode,
+    ) -> None:
+        self._memory = memory
+        self._control = memory.control
+        self._groups = [[dict(group) for group in of_one] for of_one in groups]
+        for optimizer, of_one in zip(optimizers, self._groups, strict=True):
+            for group in of_one:
+                make_faster(optimizer, group)
+        self._rule = rule
+        self._decode = decode
+        slice_ = memory.slice
+        longest = max((batch.num_bytes for batch in slice_.batches), default=0)
+        self._journal = memory.segment.tensor(torch.uint8, slice_.journal_offset, longest)
+        num_flags = max((len(batch.units) for batch in slice_.batches), default=0)
+        offset = slice_.journal_offset + aligned(longest)
+        self._journal_flags = memory.segment.tensor(torch.uint8, offset, num_flags).numpy()
+        self._recover()
+        self._steppers = [
+            _Stepper(memory, batch, optimizers[batch.optimizer], self._groups[batch.optimizer])
+            for batch in slice_.batches
+        ]
+        self._scratch: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    @property
+    def last_command(self) -> int:
+        """The last command that was carried out from end to end."""
+        return int(self._control[_PROGRESS]) >> _CURSOR_BITS
+
+    def adopt(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """Set what a scheduler has changed."""
+        for groups, values in zip(self._groups, hyperparameters, strict=True):
+            for group, new in zip(groups, values, strict=True):
+                adopt(group, {key: value for key, value in new.items() if key not in ("foreach", "fused")})
+
+    def finish(self, command: int) -> None:
+        """Note that a command has been carried out."""
+        self._control[_PROGRESS] = command << _CURSOR_BITS
+
+    def apply(
+        self,
+        command: int,
+        code: Tensor,
+        absent: Collection[int],
+        staleness: int,
+        base: Tensor | None = None,
+        fetch: Tensor | None = None,
+    ) -> None:
+        """Decode a push, correct it for its staleness, step the optimizers and hand the new weights out, in one pass.
+
+        Args:
+            command: Its number, one more than the last.
+            code: The push, as bytes.
+            absent: Parameters that it has no gradient for; they stay as they are.
+            staleness: Number of updates that it has missed.
+            base: The weights that it was computed from, as bytes; only a compensating rule looks at them.
+            fetch: Where to write the new weights, as bytes.
+
+        """
+        scale = self._rule.scale(staleness)
+        first = int(self._control[_PROGRESS]) & ((1 << _CURSOR_BITS) - 1)
+        for index in range(first, len(self._steppers)):
+            stepper = self._steppers[index]
+            batch = stepper.batch
+            present = [unit.parameter not in absent for unit in batch.units]
+            if any(present):
+                self._note_down(index, stepper)
+                gradients = [
+                    self._gradient(stepper, position, code, base) if there else None
+                    for position, there in enumerate(present)
+                ]
+                stepper.step(gradients, scale)
+            if fetch is not None:
+                end = batch.fetch_offset + batch.num_weight_bytes
+                fetch[batch.fetch_offset : end].copy_(stepper.bytes[: batch.num_weight_bytes])
+            self._control[_PROGRESS] = ((command - 1) << _CURSOR_BITS) + index + 1
+        self.finish(command)
+
+    def hand_out(self, fetch: Tensor) -> None:
+        """Write all weights to where a worker fetches them."""
+        for stepper in self._steppers:
+            batch = stepper.batch
+            end = batch.fetch_offset + batch.num_weight_bytes
+            fetch[batch.fetch_offset : end].copy_(stepper.bytes[: batch.num_weight_bytes])
+
+    def take_in(self, fetch: Tensor) -> None:
+        """Take weights that a worker has written where it fetches them, in place of all here."""
+        for stepper in self._steppers:
+            batch = stepper.batch
+            end = batch.fetch_offset + batch.num_weight_bytes
+            stepper.bytes[: batch.num_weight_bytes].copy_(fetch[batch.fetch_offset : end])
+
+    def _gradient(self, stepper: _Stepper, position: int, code: Tensor, base: Tensor | None) -> Tensor:
+        unit = stepper.batch.units[position]
+        key = (unit.num_elements, unit.info.dtype)
+        scratch = self._scratch.get(key)
+        if scratch is None or len(stepper.batch.units) > 1:
+            scratch = torch.empty(unit.num_elements, dtype=unit.info.dtype)
+            if len(stepper.batch.units) == 1:
+                self._scratch[key] = scratch
+        mine = code[unit.code_offset : unit.code_offset + unit.num_code_bytes]
+        gradient = self._decode(unit, mine, scratch)
+        if self._rule.compensates and base is not None:
+            if gradient is not scratch:
+                gradient = scratch.copy_(gradient)
+            end = unit.fetch_offset + unit.num_elements * unit.info.dtype.itemsize
+            then = base[unit.fetch_offset : end].view(unit.info.dtype)
+            names = [entry.name for entry in unit.info.state]
+            mean_square = self._memory.state(unit)[names.index(MEAN_SQUARE)]
+            self._rule.compensate(gradient, stepper.weights[position], then, mean_square)
+        return gradient
+
+    def _note_down(self, index: int, stepper: _Stepper) -> None:
+        self._journal[: stepper.batch.num_bytes].copy_(stepper.bytes)
+        for position, unit in enumerate(stepper.batch.units):
+            self._journal_flags[position] = self._memory.flags[unit.index]
+        # Progress and journal agree from here until progress is made.
+        self._control[_JOURNAL] = self._control[_PROGRESS] + 1
+
+    def _recover(self) -> None:
+        """Put back the batch that an earlier process was killed in."""
+        progress = int(self._control[_PROGRESS])
+        if int(self._control[_JOURNAL]) != progress + 1:
+            return
+        batch = self._memory.slice.batches[progress & ((1 << _CURSOR_BITS) - 1)]
+        there = self._memory.segment.tensor(torch.uint8, batch.offset, batch.num_bytes)
+        there.copy_(self._journal[: batch.num_bytes])
+        for position, unit in enumerate(batch.units):
+            self._memory.flags[unit.index] = self._journal_flags[position]
