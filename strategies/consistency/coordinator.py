@@ -1,0 +1,710 @@
+"""Who does what in an asynchronous run, decided in one place: the order of updates, the queue, who is alive.
+
+Weights and gradients never pass here; what passes is a few hundred bytes per update. Since every push is *committed*
+here, and all shards then apply it under the same number, there is one order of updates, one version of the weights,
+and one answer to whether a push was applied or lost, whichever process dies when. What waits (for a slower worker,
+for the end of an epoch, for its turn in a replayed schedule) waits here too, as a parked request.
+
+This class is a state machine without sockets, clocks or threads: requests go in, messages come out. Tests script it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .queue import Ticket, WorkQueue
+from .requests import check_request
+from .staleness import StalenessStatistics
+
+Peer = Hashable
+Header = dict[str, Any]
+Send = Callable[[Peer, Header, bytes], None]
+
+LEADER = 0
+
+
+@dataclass
+class RunOptions:
+    """What the coordinator has to know of a run.
+
+    Args:
+        world_size: Number of workers that begin together.
+        max_staleness: How many of its own steps a worker may be ahead of the slowest; None for any.
+        warm_start_steps: Updates that the leader makes alone.
+        max_steps: Updates after which the run ends; -1 for no limit.
+        lease_timeout: Seconds without a sign of life after which a worker counts as lost.
+        join_timeout: Seconds that the first workers wait for the others, before they begin without them.
+        schedule: Events of an earlier run to repeat in their order, as ``[kind, rank]``.
+
+    """
+
+    world_size: int
+    max_staleness: int | None = None
+    warm_start_steps: int = 0
+    max_steps: int = -1
+    lease_timeout: float = 30.0
+    join_timeout: float = 120.0
+    schedule: Sequence[Sequence[Any]] | None = None
+
+
+@dataclass
+class Worker:
+    """One generation of one rank."""
+
+    rank: int
+    generation: int
+    peer: Peer
+    last_seen: float
+    alive: bool = True
+    joined: bool = False
+    in_loop: bool = False
+    finished: bool = False
+    comes_back: bool = False  # lost, and started again later, in the schedule that is replayed
+    idle: bool = False  # waits for data: holds nobody up
+    clock: int = 0
+    epoch: int = -1
+    sequence: int = 0
+    mailbox: str = ""
+    buffers: bytes = b""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Its name in the queue."""
+        return self.rank, self.generation
+
+
+@dataclass
+class _Parked:
+    worker: Worker
+    header: Header
+    payload: bytes
+
+
+@dataclass
+class _Meeting:
+    kind: str
+    arrived: dict[int, tuple[Worker, Header, bytes]] = field(default_factory=dict)
+
+
+class Coordinator:
+    """The state machine.
+
+    Args:
+        options: Of the run.
+        send: Sends a message to a worker.
+        command: Sends a numbered command to all shards.
+        num_shards: How many shards carry commands out.
+
+    """
+
+    def __init__(self, options: RunOptions, send: Send, command: Callable[[Header], None], num_shards: int = 0) -> None:
+        self.options = options
+        self.queue = WorkQueue()
+        self.statistics = StalenessStatistics()
+        self.version = 0  # updates committed
+        self.num_lost = 0  # pushes that were not applied
+        self.num_joined = 0
+        self.started = False
+        self.stopped = ""
+        self.leader_lost = False
+        self.workers: dict[int, Worker] = {}
+        self.events: list[list[Any]] = []
+        self.num_shards = num_shards
+        self.failure = ""
+        self._send = send
+        self._command = command
+        self._by_peer: dict[Peer, Worker] = {}
+        self._generations: dict[int, int] = {}
+        self._parked: list[_Parked] = []
+        self._meetings: dict[str, _Meeting] = {}
+        self._met: dict[str, tuple[Header, bytes]] = {}
+        self._gathered: dict[str, set[int]] = {}
+        self._board: dict[str, dict[int, tuple[Header, bytes]]] = {}
+        self._last_command = 0
+        self._shard_done: list[int] = [0] * num_shards
+        self._announce: deque[tuple[int, Worker, Header]] = deque()
+        self._held: list[Header] = []  # commands behind a snapshot that is being read
+        self._snapshot: Worker | None = None
+        self._claimed: Worker | None = None
+        self._hyper: Any = None
+        self._hyper_version = 0
+        self._position = 0  # in the schedule
+        self._losses: list[Worker] = []  # lost workers whose samples nobody has had yet
+        self._first_hello: float | None = None
+        self._waits_for_all = True
+
+    # ------------------------------------------------------------------ who is there
+
+    @property
+    def live(self) -> list[Worker]:
+        """All workers that are alive, by rank."""
+        return [worker for _, worker in sorted(self.workers.items()) if worker.alive]
+
+    def lost(self, peer: Peer, now: float = 0.0) -> None:
+        """A worker's connection has ended."""
+        worker = self._by_peer.pop(peer, None)
+        if worker is not None:
+            self._bury(worker)
+            self._progress(now)
+
+    def tick(self, now: float) -> None:
+        """Look for workers that have not been heard of for too long."""
+        for worker in self.live:
+            if now - worker.last_seen > self.options.lease_timeout:
+                self._bury(worker)
+        if self._first_hello is not None and now - self._first_hello > self.options.join_timeout:
+            self._waits_for_all = False
+        self._progress(now)
+
+    def excuse(self, seconds: float) -> None:
+        """Nobody could be heard for so long, through no fault of theirs."""
+        for worker in self.live:
+            worker.last_seen += seconds
+
+    def _bury(self, worker: Worker) -> None:
+        if not worker.alive:
+            return
+        worker.alive = False
+        if worker.in_loop and not worker.finished:
+            self._losses.append(worker)
+            self._take_losses_down()
+        else:
+            self.queue.revoke(worker.key)
+        # It may only have been stopped: then it must not wait for ever for answers that it was owed.
+        for parked in [parked for parked in self._parked if parked.worker is worker]:
+            self._parked.remove(parked)
+            self._revoked(worker, parked.header)
+        for meeting in self._meetings.values():
+            arrived = meeting.arrived.get(worker.rank)
+            if arrived is not None and arrived[0] is worker:
+                del meeting.arrived[worker.rank]
+                self._revoked(worker, arrived[1])
+        if self._snapshot is worker:
+            self._release()
+        if self._claimed is worker:
+            self._claimed = None
+        if worker.rank == LEADER and self.started and not worker.finished:
+            self.leader_lost = True
+
+    def _revoked(self, worker: Worker, header: Header) -> None:
+        """Tell a worker that was given up so. What it came to push is lost: others have its samples."""
+        if header.get("op") == "commit":
+            self.num_lost += 1
+        self._answer(worker, header, {"revoked": True})
+
+    def _successor(self) -> int:
+        """Who writes down what was learned, if the leader is lost."""
+        return min((worker.rank for worker in self.live), default=LEADER)
+
+    # ------------------------------------------------------------------ requests
+
+    def handle(self, peer: Peer, header: Header, payload: bytes = b"", now: float = 0.0) -> None:
+        """Take one message of a worker.
+
+        Args:
+            peer: Who sent it.
+            header: ``op`` says what it wants; ``id`` comes back with the answer.
+            payload: Bytes that belong to it.
+            now: Seconds, on any clock that goes on.
+
+        Raises:
+            ValueError: If it makes no sense; the peer is not to be listened to any more.
+
+        """
+        operation = check_request(header)
+        if operation == "hello":
+            self._hello(peer, header, now)
+            return
+        worker = self._by_peer.get(peer)
+        if worker is None:
+            raise ValueError(f"{operation!r} before hello")
+        worker.last_seen = now
+        if not worker.alive:
+            if operation != "alive":
+                self._revoked(worker, header)
+            return
+        if self.failure:
+            self._answer(worker, header, {"failed": self.failure})
+            return
+        if not getattr(self, f"_on_{operation}")(worker, header, payload):
+            self._parked.append(_Parked(worker, header, payload))
+        self._progress(now)
+
+    def fail(self, message: str) -> None:
+        """The run can't go on: say so to everybody who waits, and to everybody who asks."""
+        self.failure = self.failure or message
+        for parked in self._parked:
+            self._answer(parked.worker, parked.header, {"failed": self.failure})
+        self._parked.clear()
+        for _, worker, announcement in self._announce:
+            if self._by_peer.get(worker.peer) is worker:
+                self._send(worker.peer, {**announcement, "failed": self.failure}, b"")
+        self._announce.clear()
+
+    def _answer(self, worker: Worker, header: Header, reply: Header, payload: bytes = b"") -> bool:
+        if "id" in header:
+            self._send(worker.peer, {"re": header["id"], **reply}, payload)
+        return True
+
+    def _progress(self, now: float) -> None:
+        """Look again at everything that waits, until nothing moves."""
+        moved = True
+        while moved:
+            moved = False
+            for parked in list(self._parked):
+                if parked not in self._parked:
+                    continue
+                handler = getattr(self, f"_on_{parked.header['op']}")
+                if handler(parked.worker, parked.header, parked.payload):
+                    if parked in self._parked:
+                        self._parked.remove(parked)
+                    moved = True
+            moved = self._end_meetings() or moved
+
+    def _hello(self, peer: Peer, header: Header, now: float) -> None:
+        rank = int(header["rank"])
+        known = self._by_peer.get(peer)
+        if known is not None and known.rank != rank:
+            raise ValueError(f"rank {known.rank} says that it is rank {rank}")
+        if self._first_hello is None:
+            self._first_hello = now
+        before = self.workers.get(rank)
+        if before is not None:
+            self._bury(before)
+            self._by_peer.pop(before.peer, None)
+            if before.peer != peer:
+                self._send(before.peer, {"failed": f"Another process has taken this one's place as rank {rank}."}, b"")
+        generation = self._generations.get(rank, -1) + 1
+        self._generations[rank] = generation
+        self.num_joined += 1
+        worker = Worker(rank, generation, peer, now)
+        self.workers[rank] = worker
+        self._by_peer[peer] = worker
+        self._answer(worker, header, {
+            "generation": generation, "started": self.started, "epoch": self.queue.last_epoch, "version": self.version,
+        })  # fmt: skip
+        self._progress(now)
+
+    def _on_alive(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        return True
+
+    # ------------------------------------------------------------------ meetings: collectives of the live
+
+    def _on_meet(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """A collective: over when every live worker has come to it, or has gone on into the loop."""
+        key = str(header["key"])
+        if key in self._met:  # for who comes late
+            reply, data = self._met[key]
+            return self._answer(worker, header, {**reply, "late": True}, data)
+        meeting = self._meetings.setdefault(key, _Meeting(str(header["kind"])))
+        meeting.arrived[worker.rank] = (worker, header, payload)
+        self._end_meetings()
+        return True
+
+    def _end_meetings(self) -> bool:
+        ended = []
+        for key, meeting in self._meetings.items():
+            present = {w.rank for w, _, _ in meeting.arrived.values() if w.alive}
+            awaited = {worker.rank for worker in self.live if not worker.in_loop}
+            waits_for_all = self._waits_for_all and not self.started
+            complete = awaited <= present and not (waits_for_all and len(self.workers) < self.options.world_size)
+            if complete or not present:
+                ended.append(key)
+        for key in ended:
+            self._hold_meeting(key, self._meetings.pop(key))
+        return bool(ended)
+
+    def _hold_meeting(self, key: str, meeting: _Meeting) -> None:
+        order = [meeting.arrived[rank] for rank in sorted(meeting.arrived)]
+        order = [item for item in order if item[0].alive]
+        if not order:
+            return
+        parts = [{"rank": worker.rank, "value": header.get("value")} for worker, header, _ in order]
+        sizes = [len(payload) for _, _, payload in order]
+        reply = {"parts": parts, "sizes": sizes}
+        data = b"".join(payload for _, _, payload in order)
+        if sum(sizes) < 1 << 28:  # for workers that come late
+            self._met[key] = (reply, data)
+        for worker, header, _ in order:
+            self._answer(worker, header, reply, data)
+
+    def _on_share(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Leave a value on the board, and take everybody's latest: nobody waits."""
+        key = str(header["key"])
+        entries = self._board.setdefault(key, {})
+        if header.get("write", True):
+            entries[worker.rank] = ({"value": header.get("value")}, payload)
+        alive = {other.rank for other in self.live}
+        shown = [(rank, *entries[rank]) for rank in sorted(entries) if rank in alive]
+        reply = {
+            "parts": [{"rank": rank, **value} for rank, value, _ in shown],
+            "sizes": [len(data) for _, _, data in shown],
+        }
+        return self._answer(worker, header, reply, b"".join(data for _, _, data in shown))
+
+    def _on_gather(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Wait for certain ranks, but not for the lost and the finished; for scripted interleavings."""
+        key = str(header["key"])
+        here = self._gathered.setdefault(key, set())
+        here.add(worker.rank)
+        there = {int(rank) for rank in header["ranks"]}
+        if self.started and not self.stopped and not self.leader_lost:
+            absent = there - here - {rank for rank, other in self.workers.items() if not other.alive or other.finished}
+            if absent:
+                return False
+        return self._answer(worker, header, {"version": self.version})
+
+    # ------------------------------------------------------------------ the loop
+
+    def start(self, version: int = 0, num_shards: int | None = None) -> None:
+        """The shards hold the weights: workers may begin."""
+        self.started = True
+        self.version = version
+        if num_shards is not None:
+            self.num_shards = num_shards
+            self._shard_done = [0] * num_shards
+        self._progress(0.0)
+
+    def _on_join(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Enter the loop, once there is something to train."""
+        worker.mailbox = str(header.get("mailbox", ""))  # none where there is nobody to push to
+        if not self.started:
+            leader = self.workers.get(LEADER)
+            if leader is not None and not leader.alive:
+                return self._answer(worker, header, {"failed": "Rank 0 was lost before training began."})
+            return False
+        worker.clock = self._slowest_clock(but=worker)
+        worker.joined = worker.in_loop = True
+        worker.finished = worker.idle = False
+        worker.sequence = 0
+        return self._answer(worker, header, {"version": self.version, "num_shards": self.num_shards})
+
+    def _on_epoch(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        return self._answer(worker, header, {"open": self.queue.is_open(int(header["epoch"]))})
+
+    def _on_order(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """The order of an epoch: sizes of its batches in the header, indices as 64-bit integers."""
+        if sum(header["sizes"]) * 8 != len(payload):
+            raise ValueError(f"an order of {sum(header['sizes'])} samples comes with {len(payload)} bytes")
+        if any(position >= len(header["sizes"]) for position in header.get("done", ())):
+            raise ValueError("an order has batches done that it does not have")
+        indices = memoryview(payload).cast("q")
+        batches, at = [], 0
+        for size in header["sizes"]:
+            batches.append(indices[at : at + size].tolist())
+            at += size
+        self.queue.open(int(header["epoch"]), batches, header.get("done", ()))
+        return self._answer(worker, header, {})
+
+    def _on_lease(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """A batch of an epoch; the end of the epoch; or nothing yet."""
+        epoch = int(header["epoch"])
+        if self._over(worker, header):
+            return True
+        if worker.rank != LEADER and self.version < self.options.warm_start_steps:
+            return False
+        ends = self._turn("end", worker)
+        if not ends and not self._turn("lease", worker):
+            return False
+        kept = {number for number in self.queue.epochs(epoch) if self._is_the_leaders(worker, number)}
+        passed_over = ends and self._is_replaying()
+        ticket = None if passed_over else self.queue.lease(worker.key, epoch, kept)
+        if ticket is not None:
+            if worker.idle:  # nobody has to wait until it has made up for the time that it had no data
+                worker.idle = False
+                worker.clock = max(worker.clock, self._slowest_clock(but=worker))
+            worker.epoch = max(worker.epoch, ticket[0])
+            self._happened("lease", worker)
+            return self._answer(worker, header, {"ticket": ticket}, _packed(self.queue.samples(ticket)))
+        # What others still hold may come back. Somebody has to stay for it: the leader, whose run ends last.
+        last = bool(header.get("last"))
+        if last and worker.rank == LEADER and not self.queue.is_covered(epoch, but=worker.key):
+            worker.idle = True
+            return False
+        worker.idle = False
+        self._happened("end", worker)
+        return self._answer(worker, header, {"end": True})
+
+    def _is_the_leaders(self, worker: Worker, epoch: int) -> bool:
+        """Whether the last batch of an epoch is kept for the leader, which has had none: it validates on its last."""
+        leader = self.workers.get(LEADER)
+        if worker.rank == LEADER or leader is None or not leader.alive or leader.finished or leader.epoch >= epoch:
+            return False
+        return self.queue.num_left(epoch) == 1
+
+    def _slowest_clock(self, but: Worker) -> int:
+        """Of those who train; 0 if nobody else does."""
+        clocks = (w.clock for w in self.live if w is not but and w.in_loop and not w.finished and not w.idle)
+        return min(clocks, default=0)
+
+    def _over(self, worker: Worker, header: Header) -> bool:
+        if self.leader_lost:
+            return self._answer(worker, header, {"end": True, "leader_lost": True, "successor": self._successor()})
+        if self.stopped:
+            return self._answer(worker, header, {"end": True, "stopped": self.stopped, "version": self.version})
+        return False
+
+    def _on_gate(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Wait for the slowest, if the run bounds staleness: not for the dead, and not for who has no data."""
+        bound = self.options.max_staleness
+        if bound is not None and not self.stopped and not self.leader_lost:
+            clocks = [other.clock for other in self.live if other.in_loop and not other.finished and not other.idle]
+            waits = self.version >= self.options.warm_start_steps or worker.rank != LEADER
+            if waits and worker.clock - min(clocks, default=worker.clock) > bound:
+                return False
+        return self._answer(worker, header, {"version": self.version})
+
+    def _on_await(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Wait for a version; for scripted interleavings."""
+        # Whoever has no data waits for this worker, or for nothing.
+        others = any(other is not worker and not other.finished and not other.idle for other in self.live)
+        if self.version < int(header["version"]) and others and not self.stopped and not self.leader_lost:
+            return False
+        return self._answer(worker, header, {"version": self.version})
+
+    def _on_commit(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """A push whose bytes lie ready: give it its place in the order of updates, or say why not."""
+        tickets: list[Ticket] = [(int(epoch), int(position)) for epoch, position in header["tickets"]]
+        if int(header["base"]) > self.version or not worker.joined:
+            raise ValueError(f"a push from version {header['base']}, ahead of version {self.version}, or before join")
+        if not self._turn("commit", worker):
+            return False
+        if not self.queue.holds(worker.key, tickets):
+            self.num_lost += 1
+            self.queue.give_back(worker.key, tickets)  # what it still held of a push of several batches
+            return self._answer(worker, header, {"lost": "its samples were given to others"})
+        if self.stopped or 0 <= self.options.max_steps <= self.version:
+            self._stop("max_steps")
+            self.queue.give_back(worker.key, tickets)
+            return self._answer(worker, header, {"finished": self.stopped, "version": self.version})
+        staleness = self.version - int(header["base"])
+        self._happened("commit", worker)
+        self.version += 1
+        worker.clock += 1
+        worker.sequence += 1
+        if self.version == self.options.warm_start_steps:  # nobody has to catch up with what was made alone
+            for other in self.live:
+                other.clock = worker.clock
+        self.statistics.add(staleness)
+        self.queue.complete(worker.key, tickets)
+        if header.get("buffers"):
+            worker.buffers = payload
+        if worker.rank == LEADER and header.get("hyper") is not None:
+            self._hyper, self._hyper_version = header["hyper"], self._hyper_version + 1
+        command: Header = {
+            "op": "apply",
+            "mailbox": worker.mailbox,
+            "slot": header["slot"],
+            "absent": header.get("absent", []),
+            "staleness": staleness,
+            "base": header.get("base_buffer"),
+            "fetch": header.get("fetch"),
+            "hyper": [self._hyper_version, self._hyper],
+            "version": self.version,
+        }
+        self._issue(command, worker, {"done": worker.sequence, "version": self.version})
+        if 0 <= self.options.max_steps <= self.version:
+            self._stop("max_steps")
+        reply = {"version": self.version, "staleness": staleness, "sequence": worker.sequence}
+        if header.get("hyper_version") != self._hyper_version:
+            reply |= {"hyper": self._hyper, "hyper_version": self._hyper_version}
+        return self._answer(worker, header, reply)
+
+    def _on_fetch(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Weights as they are at this point of the order."""
+        if not worker.joined:
+            raise ValueError("a fetch before join")
+        if not self._turn("fetch", worker):
+            return False
+        self._happened("fetch", worker)
+        command = {"op": "fetch", "mailbox": worker.mailbox, "fetch": header["buffer"]}
+        self._issue(command, worker, {"re": header["id"], "version": self.version, "hyper": self._hyper,
+                                      "hyper_version": self._hyper_version})  # fmt: skip
+        return True
+
+    def _on_claim(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Be the only one, until ``free`` or the worker's end: to make an optimizer's first state, which all share."""
+        if self._claimed is not None and self._claimed is not worker:
+            return False
+        self._claimed = worker
+        return self._answer(worker, header, {})
+
+    def _on_free(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        if self._claimed is worker:
+            self._claimed = None
+        return self._answer(worker, header, {})
+
+    def _on_write(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Weights that the leader has edited, in place of the shards' own."""
+        if worker.rank != LEADER:
+            raise ValueError("only the leader's edits count")
+        command = {"op": "write", "mailbox": worker.mailbox, "fetch": header["buffer"]}
+        self._issue(command, worker, {"re": header["id"], "version": self.version})
+        return True
+
+    def _on_done(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Batches that led to no update: the user's step skipped them."""
+        tickets = [(int(epoch), int(position)) for epoch, position in header["tickets"]]
+        if self.queue.holds(worker.key, tickets):
+            self.queue.complete(worker.key, tickets)
+        return self._answer(worker, header, {})
+
+    def _on_return(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Batches that will not be trained on, for others to have."""
+        self.queue.give_back(worker.key, [(int(epoch), int(position)) for epoch, position in header["tickets"]])
+        return self._answer(worker, header, {})
+
+    def _on_stop(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        self._stop(str(header.get("why", "stop")))
+        return self._answer(worker, header, {})
+
+    def _stop(self, why: str) -> None:
+        self.stopped = self.stopped or why
+
+    def _on_leave(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """The end of a worker's loop: it waits for the others, so that all end with the same weights."""
+        worker.finished = True
+        self.queue.revoke(worker.key)
+        if worker.rank == LEADER and header.get("stop", True):
+            self._stop("the leader has finished")
+        if any(not other.finished for other in self.live if other.in_loop) and not self.leader_lost:
+            return False
+        worker.in_loop = False
+        reply = {"version": self.version, "leader_lost": self.leader_lost, "successor": self._successor()}
+        return self._answer(worker, header, reply)
+
+    # ------------------------------------------------------------------ shards
+
+    def _issue(self, command: Header, worker: Worker, announcement: Header) -> None:
+        """Give a command its number; its worker hears when all shards have carried it out."""
+        self._last_command += 1
+        command["c"] = self._last_command
+        self._announce.append((self._last_command, worker, announcement))
+        if self._snapshot is not None:
+            self._held.append(command)
+        else:
+            self._command(command)
+        if not self.num_shards:
+            self._announce_done()
+
+    def shard_done(self, shard: int, command: int) -> None:
+        """A shard has carried out all commands up to this one."""
+        self._shard_done[shard] = max(self._shard_done[shard], command)
+        self._announce_done()
+
+    @property
+    def num_done(self) -> int:
+        """The last command that all shards have carried out."""
+        return min(self._shard_done, default=self._last_command)
+
+    def _announce_done(self) -> None:
+        while self._announce and self._announce[0][0] <= self.num_done:
+            _, worker, announcement = self._announce.popleft()
+            if self._by_peer.get(worker.peer) is worker:  # alive, or given up and about to learn so: it waits for this
+                self._send(worker.peer, announcement, b"")
+
+    def _on_snapshot(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Hold all later commands back until the worker has read the shards' memory."""
+        if self._snapshot is not None:
+            return False
+        # The queue's state belongs to the same moment as the weights.
+        state = self.report() | {"re": header["id"], "queue": self.queue.state(), "hyper_version": self._hyper_version}
+        self._issue({"op": "mark"}, worker, state)
+        self._snapshot = worker
+        return True
+
+    def _on_release(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        if self._snapshot is worker:
+            self._release()
+        return self._answer(worker, header, {})
+
+    def _release(self) -> None:
+        self._snapshot = None
+        held, self._held = self._held, []
+        for command in held:
+            self._command(command)
+
+    # ------------------------------------------------------------------ what can be asked
+
+    def _on_buffers(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """The latest buffers (running statistics) of every worker that has any."""
+        shown = [other.buffers for other in self.live if other.buffers]
+        return self._answer(worker, header, {"sizes": [len(data) for data in shown]}, b"".join(shown))
+
+    def _on_report(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        return self._answer(worker, header, self.report())
+
+    def report(self) -> Header:
+        """What happened so far, in numbers."""
+        return {
+            "version": self.version,
+            "num_lost": self.num_lost,
+            "num_live": len(self.live),
+            "num_joined": self.num_joined,
+            "num_samples": self.queue.num_samples,
+            "num_reissued": self.queue.num_reissued,
+            "staleness": sorted(self.statistics.counts.items()),
+            "stopped": self.stopped,
+            "leader_lost": self.leader_lost,
+        }
+
+    def _on_events(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        return self._answer(worker, header, {"events": self.events})
+
+    # ------------------------------------------------------------------ replay
+
+    def _happened(self, kind: str, worker: Worker) -> None:
+        self.events.append([kind, worker.rank])
+        self._position += 1
+
+    def _is_replaying(self) -> bool:
+        return self._position < len(self.options.schedule or ()) and not self.leader_lost
+
+    def _turn(self, kind: str, worker: Worker) -> bool:
+        """Whether a replayed schedule has come to this event; without a schedule it always has."""
+        schedule = self.options.schedule
+        if schedule is None or self.leader_lost:
+            return True
+        while self._position < len(schedule):
+            wanted_kind, wanted_rank = schedule[self._position]
+            wanted = self.workers.get(int(wanted_rank))
+            if wanted_kind == "lost" and any(worker is wanted for worker in self._losses):
+                self._take_losses_down()
+                continue
+            gone = wanted is not None and (not wanted.alive or wanted.finished)
+            if gone and wanted is not None and not wanted.comes_back:
+                self._position += 1  # it will not come any more
+                continue
+            return bool(wanted_kind == kind and wanted_rank == worker.rank)
+        self._take_losses_down()
+        return True
+
+    def _take_losses_down(self) -> None:
+        """Give out again what lost workers had: at once, or where a schedule says that they were lost."""
+        schedule = self.options.schedule or ()
+        for worker in list(self._losses):
+            event = ["lost", worker.rank]
+            scheduled = event in map(list, schedule[self._position :])
+            now = scheduled and list(schedule[self._position]) == event
+            if scheduled and not now and not self.leader_lost:
+                continue
+            self._losses.remove(worker)
+            self.queue.revoke(worker.key)
+            self.events.append(event)
+            self._position += now
+            # Where the schedule has more of this rank, it was started again.
+            worker.comes_back = now and worker.rank in {rank for _, rank in schedule[self._position :]}
+
+
+def _packed(indices: Sequence[int]) -> bytes:
+    from array import array
+
+    return array("q", indices).tobytes()
+
+
+def options_of(values: Mapping[str, Any]) -> RunOptions:
+    """Options as they come over the wire."""
+    return RunOptions(**values)

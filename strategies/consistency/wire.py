@@ -1,0 +1,207 @@
+"""Messages between the processes of an asynchronous run: a JSON header and raw bytes, behind a token.
+
+Nothing that arrives is ever unpickled. Whoever connects first sends the job's token, which is compared in constant
+time before a single byte after it is looked at; a header or payload larger than agreed ends the connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import secrets
+import socket
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+TOKEN_BYTES = 32
+MAX_HEADER_BYTES = 4 << 20
+MAX_PAYLOAD_BYTES = 1 << 32
+_LENGTHS = struct.Struct("<IQ")
+
+Header = dict[str, Any]
+
+
+class WireError(ConnectionError):
+    """What arrived is no message of this protocol; the connection is of no more use."""
+
+
+def new_token() -> bytes:
+    """A secret for one job."""
+    return secrets.token_bytes(TOKEN_BYTES)
+
+
+def pack(header: Mapping[str, Any], payload: bytes | memoryview = b"") -> bytes:
+    """One message as it goes over the wire, for payloads small enough to be copied."""
+    return _head(header, len(payload)) + bytes(payload)
+
+
+def parse_header(text: bytes | bytearray | memoryview) -> Header:
+    """Read a header; anything but a JSON object is refused."""
+    try:
+        header = json.loads(bytes(text))
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"a header is no JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise WireError(f"a header is a {type(header).__name__}, not an object")
+    return header
+
+
+class Blocking:
+    """One end of a connection for code that waits: a worker's, a shard's.
+
+    Args:
+        sock: A connected stream socket, which this object now owns.
+
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, header: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
+        """Send one message."""
+        if len(payload) < 1 << 16:
+            self.sock.sendall(pack(header, payload))
+        else:
+            self.sock.sendall(_head(header, len(payload)))
+            self.sock.sendall(payload)
+
+    def receive(self) -> tuple[Header, bytearray]:
+        """Wait for one message.
+
+        Returns:
+            Its header and its payload.
+
+        Raises:
+            ConnectionError: If the other end is gone, or sends what is no message.
+
+        """
+        num_header, num_payload = check_lengths(self._exactly(_LENGTHS.size))
+        header = parse_header(self._exactly(num_header))
+        return header, self._exactly(num_payload)
+
+    def _exactly(self, count: int) -> bytearray:
+        buffer = bytearray(count)
+        view = memoryview(buffer)
+        while view:
+            received = self.sock.recv_into(view)
+            if not received:
+                raise ConnectionError("the other end has closed the connection")
+            view = view[received:]
+        return buffer
+
+    def close(self) -> None:
+        """Hang up. May be called twice."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+
+def _head(header: Mapping[str, Any], num_payload: int) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return _LENGTHS.pack(len(text), num_payload) + text
+
+
+def check_lengths(data: bytes | bytearray) -> tuple[int, int]:
+    """Read the two lengths before a message, and refuse what nobody here would send."""
+    num_header, num_payload = _LENGTHS.unpack(data)
+    if num_header > MAX_HEADER_BYTES or num_payload > MAX_PAYLOAD_BYTES:
+        raise WireError(f"a message of {num_header} + {num_payload} bytes is larger than any of ours")
+    return num_header, num_payload
+
+
+def connect(address: tuple[str, int], token: bytes, timeout: float = 30.0) -> Blocking:
+    """Connect to a listener of this job.
+
+    Args:
+        address: Host and port.
+        token: The job's.
+        timeout: Seconds to wait for the connection; nothing after that times out.
+
+    """
+    sock = socket.create_connection(address, timeout=timeout)
+    sock.settimeout(None)
+    sock.sendall(token)
+    return Blocking(sock)
+
+
+class Buffered:
+    """One end of a connection for an event loop: never waits, neither for a peer to speak nor for one to listen.
+
+    Args:
+        sock: A connected stream socket, which this object now owns.
+        token: What the other end must send first; None for a connection made by :func:`socket.socketpair`.
+
+    """
+
+    def __init__(self, sock: socket.socket, token: bytes | None = None) -> None:
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.trusted = token is None
+        self._token = token
+        self._incoming = bytearray()
+        self._outgoing = bytearray()
+
+    @property
+    def wants_to_write(self) -> bool:
+        """Whether something waits for the other end to take it."""
+        return bool(self._outgoing)
+
+    def send(self, header: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
+        """Send one message as far as the other end takes it now; :meth:`flush` sends the rest."""
+        self._outgoing += pack(header, payload)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits. A peer that is gone is noticed by :meth:`receive`."""
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while self._outgoing:
+                sent = self.sock.send(self._outgoing)
+                del self._outgoing[:sent]
+
+    def receive(self) -> list[tuple[Header, bytes]]:
+        """Take the messages that have arrived whole.
+
+        Raises:
+            ConnectionError: If the other end is gone.
+            WireError: If it has not shown the token, or sent what is no message.
+
+        """
+        with contextlib.suppress(BlockingIOError):
+            data = self.sock.recv(1 << 20)
+            if not data:
+                raise ConnectionError("the other end has closed the connection")
+            self._incoming += data
+        if not self.trusted and not self._check_token():
+            return []
+        messages = []
+        while len(self._incoming) >= _LENGTHS.size:
+            num_header, num_payload = check_lengths(self._incoming[: _LENGTHS.size])
+            end = _LENGTHS.size + num_header + num_payload
+            if len(self._incoming) < end:
+                break
+            middle = _LENGTHS.size + num_header
+            header = parse_header(self._incoming[_LENGTHS.size : middle])
+            messages.append((header, bytes(self._incoming[middle:end])))
+            del self._incoming[:end]
+        return messages
+
+    def _check_token(self) -> bool:
+        if len(self._incoming) < TOKEN_BYTES:
+            return False
+        shown = bytes(self._incoming[:TOKEN_BYTES])
+        assert self._token is not None
+        if not hmac.compare_digest(shown, self._token):
+            raise WireError("it does not hold the job's token")
+        del self._incoming[:TOKEN_BYTES]
+        self.trusted = True
+        return True
+
+    def close(self) -> None:
+        """Hang up."""
+        self.sock.close()
