@@ -57,6 +57,7 @@ class Gang:
         commands: One command line per process; the first becomes local rank 1.
         environments: One environment per process.
         cwd: The folder they start in.
+        ends_together: Whether one that is lost ends the others, the launching process included.
 
     Example:
         >>> gang = Gang([[sys.executable, "-c", "pass"]], [dict(os.environ)], cwd=None)
@@ -67,8 +68,13 @@ class Gang:
     """
 
     def __init__(
-        self, commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], cwd: str | None
+        self,
+        commands: Sequence[Sequence[str]],
+        environments: Sequence[Mapping[str, str]],
+        cwd: str | None,
+        ends_together: bool = True,
     ) -> None:
+        self.ends_together = ends_together
         self._commands = commands
         self._environments = environments
         self._cwd = cwd
@@ -92,13 +98,13 @@ class Gang:
                 env[_REPORT_FD] = str(write_end)
                 # The kernel's signal follows the thread that started the process, and only the main one surely
                 # lives on.
-                if threading.current_thread() is threading.main_thread():
+                if self.ends_together and threading.current_thread() is threading.main_thread():
                     env[_LAUNCHER_PID] = str(os.getpid())
             self.procs.append(subprocess.Popen(command, env=env, cwd=self._cwd, pass_fds=pass_fds))
             self._pipes.append(read_end)
             if write_end >= 0:
                 os.close(write_end)
-        if self.procs:
+        if self.procs and self.ends_together:
             threading.Thread(target=self._watch, name="squall-gang-watch", daemon=True).start()
 
     @contextlib.contextmanager

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
@@ -89,6 +90,8 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
         cluster_environment: Knows addresses and ranks.
         num_processes: Ranks on this host.
         num_nodes: Hosts.
+        ends_together: Whether a rank that is lost ends the others. Without, the run goes on, the end says which rank
+            was lost, and ranks outlive a launching process that is killed, to end by themselves.
 
     Raises:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: On launch, if an earlier Trainer of the
@@ -101,6 +104,16 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
         'result'
 
     """
+
+    def __init__(
+        self,
+        cluster_environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        ends_together: bool = True,
+    ) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self._ends_together = ends_together
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the ranks, unless they are there already, and call `function` on each of them.
@@ -159,7 +172,7 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
             if job is not None:
                 child["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints the traceback that the launching rank prints
             environments.append(child)
-        run.gang = Gang([command] * len(environments), environments, cwd)
+        run.gang = Gang([command] * len(environments), environments, cwd, self._ends_together)
         _run = run
         atexit.register(finish)
         run.gang.start()
@@ -178,13 +191,15 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
 
     @staticmethod
     def _call_with_gang(gang: Gang, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        message = gang.first_failure()
+        message = gang.first_failure() if gang.ends_together else None
         if message is not None:
             raise RankFailedError(message)
         try:
             with gang.busy():
                 return function(*args, **kwargs)
         except Exception as error:
+            if not gang.ends_together:
+                raise
             about_a_peer = any(word in str(error).lower() for word in _CONNECTION_WORDS)
             message = gang.first_failure(own_error_at=time.time(), patience=3.0 if about_a_peer else 0.2)
             if message is not None:
@@ -229,8 +244,10 @@ def finish(failed: bool = False, timeout: float = 30.0) -> None:
         run.gang.kill()
         _destroy_process_group()
         run.restore()
-    if message is not None:
+    if message is not None and run.gang.ends_together:
         raise RankFailedError(message)
+    if message is not None:
+        sys.stderr.write(f"{message.replace('; the run ends with it', '; the run went on without it')}\n")
 
 
 def _destroy_process_group() -> None:

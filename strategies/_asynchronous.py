@@ -1,0 +1,407 @@
+"""Ranks that don't wait for each other, under a stock Trainer: who gets which batch, who validates, how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
+
+from ._leases import LeasedBatches, LeaseFetcher, can_be_leased, lease, leased_batches, split
+from ._live_ranks import LiveRanks
+from .consistency.client import LeaderLostError
+from .consistency.coordinator import LEADER
+from .consistency.optimizers import adopt, hyperparameters
+from .consistency.queue import Ticket
+
+
+class AsynchronousStrategy(LiveRanks):
+    """What Downpour and Hogwild have in common: a stock training loop over the queue, with one leader.
+
+    Rank 0, the leader, validates, logs and writes checkpoints while the others train on.
+
+    Args:
+        lease_timeout: Seconds without a sign of life after which a worker counts as lost.
+        **options: Passed on to Lightning.
+
+    """
+
+    def __init__(self, lease_timeout: float, **options: Any) -> None:
+        super().__init__(lease_timeout, **options)
+        self._in_loop = False
+        self._tickets: list[Ticket] = []  # batches whose gradients have not been handed in
+        self._batches: LeasedBatches | None = None
+        self._makes_training_loaders = False
+        self._num_training_loaders = 1
+        self._resumed: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------ the model
+
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare the module; during ``fit`` nothing wraps it."""
+        if not self._fitting:
+            super().setup(trainer)
+            return
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        assert self.model is not None
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self._share_initial_state()
+        self._enter_as_late(trainer)
+        self._take_over_loaders(trainer)
+        self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        state[key] = value.to(self.root_device)
+
+    def _share_initial_state(self) -> None:
+        """All workers begin with the leader's weights and buffers, seeded or not."""
+        module = self.lightning_module
+        assert module is not None
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, UninitializedParameter):
+                raise MisconfigurationException(
+                    f"{name} is an uninitialized parameter, whose shape the ranks can't agree on. Call the module on"
+                    " one example before fit."
+                )
+        if self.world_size > 1:
+            self._share_leaders_state()
+
+    def _enter_as_late(self, trainer: Trainer) -> None:
+        """A worker that comes while the others train begins in their epoch."""
+        welcome = self.client.welcome
+        if welcome.get("started"):
+            progress: Any = trainer.fit_loop.epoch_progress.current
+            progress.ready = progress.started = progress.processed = progress.completed = int(welcome["epoch"])
+
+    def model_to_device(self) -> None:
+        """Move the module to this worker's device."""
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Nothing to prepare: no wrapper stands around the module."""
+        if not self._fitting:
+            super().pre_backward(closure_loss)
+
+    # ------------------------------------------------------------------ data
+
+    def _take_over_loaders(self, trainer: Trainer) -> None:
+        loop = trainer.fit_loop
+        original, ended = type(loop).setup_data, type(loop).on_run_end
+
+        def setup_data() -> None:
+            if loop._combined_loader is not None and not loop._should_reload_train_dl:
+                return
+            self._makes_training_loaders = True
+            source = loop._data_source
+
+            def dataloader() -> Any:
+                made = type(source).dataloader(source)
+                loaders = made if isinstance(made, CombinedLoader) else CombinedLoader(made)
+                self._num_training_loaders = len(loaders.flattened)
+                return made
+
+            source.dataloader = dataloader  # type: ignore[method-assign]
+            try:
+                original(loop)
+            finally:
+                self._makes_training_loaders = False
+                source.__dict__.pop("dataloader", None)
+            self._know_the_last_batch(trainer)
+
+        def on_run_end() -> None:
+            self._end_loop(trainer)
+            ended(loop)
+            self._agree_at_last()
+            self._nobody_waits = False
+
+        loop.setup_data = setup_data  # type: ignore[method-assign]
+        loop.on_run_end = on_run_end  # type: ignore[method-assign]
+        self._undo.append(lambda: loop.__dict__.pop("setup_data", None))
+        self._undo.append(lambda: loop.__dict__.pop("on_run_end", None))
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Have the training batches dealt out by the queue."""
+        if not self._makes_training_loaders:
+            return dataloader
+        trainer = self._trainer
+        if self._num_training_loaders > 1 and can_be_leased(dataloader):
+            rank_zero_warn(
+                f"{self._num_training_loaders} training dataloaders: the queue deals out one, so every rank reads its"
+                " share of each, as under DDP. What a lost rank had is not trained on by others."
+            )
+            return split(dataloader, self.world_size, self.global_rank, self._seed)
+        if not can_be_leased(dataloader):
+            rank_zero_warn(
+                f"{type(dataloader).__name__} has no samples that could be dealt out by number, so every rank reads"
+                " all of it, as under DDP: give each rank another part, or use a data set with __getitem__ and"
+                " __len__. What a lost rank had is not trained on by others."
+            )
+            return dataloader
+        leased = lease(dataloader, trainer.limit_train_batches, self.world_size, self._seed)
+        batches = leased_batches(leased)
+        assert batches is not None
+        batches.call = self._call
+        batches.epoch = self._epoch
+        batches.on_reply = self._heard
+        batches.done_before = self._orders_of_the_checkpoint(batches)
+        return leased
+
+    def _orders_of_the_checkpoint(self, batches: LeasedBatches) -> dict[int, Any]:
+        found = {}
+        for epoch, state in self._resumed.get("queue", {}).items():
+            if len(state["batches"]) == len(batches):
+                found[int(epoch)] = (state["batches"], list(state["done"]))
+        return found
+
+    def _epoch(self) -> tuple[int, bool]:
+        """The epoch that this worker is in, and whether it is the last."""
+        trainer = self._trainer
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        epoch = int(progress.processed)
+        limit = trainer.fit_loop.max_epochs
+        return epoch, limit is not None and limit != -1 and epoch + 1 >= limit
+
+    def _know_the_last_batch(self, trainer: Trainer) -> None:
+        """Replace what depends on how many batches this worker will get, which nobody knows."""
+        loop = trainer.fit_loop
+        combined = loop._combined_loader
+        if combined is None:
+            return
+        found = [batches for batches in map(leased_batches, combined.flattened) if batches is not None]
+        if not found:
+            self._batches = None
+            return
+        self._batches = found[0]
+        combined.limits = None
+        loop.max_batches = len(found[0])
+        interval = trainer.val_check_interval
+        if isinstance(interval, float) and trainer.val_check_batch is not None:
+            share = max(1, int(loop.max_batches * interval / self.world_size))
+            trainer.val_check_batch = float("inf") if interval == 1.0 else share
+        limit = trainer.limit_train_batches
+        trainer.limit_train_batches = 1.0  # the queue keeps to it
+        self._undo.append(lambda: setattr(trainer, "limit_train_batches", limit))
+        if isinstance(loop._data_fetcher, LeaseFetcher):
+            return
+        assert loop._data_fetcher is not None
+        loop._data_fetcher = LeaseFetcher.in_place_of(
+            loop._data_fetcher, found[0], self._has_come, lambda: self._empty_epoch(trainer)
+        )
+
+    def _has_come(self, ticket: Ticket, is_last: bool) -> None:
+        self._tickets.append(ticket)
+        assert self._batches is not None
+        # An epoch has no more batches than that, but what lost workers have left of the ones before comes on top.
+        loop = self._trainer.fit_loop
+        needed = 0 if is_last else loop.epoch_loop.batch_progress.current.ready + 2
+        loop.max_batches = max(len(self._batches), needed)
+
+    def _empty_epoch(self, trainer: Trainer) -> None:
+        """An epoch whose batches were all taken by others is an epoch nevertheless."""
+        loop = trainer.fit_loop.epoch_loop
+        loop.batch_progress.is_last_batch = True
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+
+    def _heard(self, reply: Mapping[str, Any]) -> None:
+        """What the coordinator says besides the batch."""
+        trainer = self._trainer
+        if reply.get("leader_lost"):
+            self._end_without_leader(trainer, int(reply["successor"]))
+        if reply.get("stopped"):
+            trainer.should_stop = True
+            if not self.is_leader:
+                trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+
+    def _end_without_leader(self, trainer: Trainer, successor: int) -> None:
+        message = "Rank 0 is gone, which logs and writes checkpoints, so the run ends."
+        if self.global_rank == successor and self._in_loop:
+            self._settle()
+            path = os.path.join(trainer.default_root_dir, f"rank0-lost-step={self._known_version()}.ckpt")
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)
+            self._write_as_successor(checkpoint, path)
+            message += f" All that it had learned is in {path}."
+            sys.stderr.write(f"{message}\n")
+        raise LeaderLostError(message)
+
+    def _settle(self) -> None:
+        """Take one version of the weights, for a checkpoint that counts as many updates as it holds."""
+
+    def _write_as_successor(self, checkpoint: dict[str, Any], path: _PATH) -> None:
+        self.checkpoint_io.save_checkpoint(self._with_own_state(checkpoint), path)
+
+    def _with_own_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        return checkpoint
+
+    def _known_version(self) -> int:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ the loop
+
+    def _begin_loop(self, trainer: Trainer) -> None:
+        """From here on nobody waits for anybody."""
+        self._in_loop = self._nobody_waits = True
+        if self.is_leader:
+            self._check_every_update(trainer)
+        else:
+            self._quieten(trainer)
+
+    def _check_every_update(self, trainer: Trainer) -> None:
+        """Let checkpoints be due when their step has been passed: the leader does not see every update."""
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps > 1:
+                every = callback._every_n_train_steps
+                callback._every_n_train_steps = _Every(every, self._known_version() // every)
+                self._undo.append(partial(setattr, callback, "_every_n_train_steps", every))
+
+    def _quieten(self, trainer: Trainer) -> None:
+        """What the leader alone does: validate, and what hangs on it."""
+        limit, callbacks = trainer.limit_val_batches, callbacks_of(trainer)
+        bounds = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
+        trainer.limit_val_batches = 0
+        trainer.__dict__["callbacks"] = [c for c in callbacks if not isinstance(c, (Checkpoint, EarlyStopping))]
+        for config in self.lr_scheduler_configs:
+            if config.reduce_on_plateau:
+                config.strict = False  # its metric is the leader's, and so is the learning rate
+
+        def restore() -> None:
+            trainer.limit_val_batches = limit
+            trainer.__dict__["callbacks"] = callbacks
+            trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = bounds
+
+        self._loop_undo = restore
+
+    _loop_undo: Callable[[], None] | None = None
+
+    def _end_loop(self, trainer: Trainer) -> None:
+        """Wait for the others, and agree on how it ended."""
+        self._in_loop = False
+        if self._loop_undo is not None:
+            self._loop_undo()
+            self._loop_undo = None
+        if self.world_size == 1:
+            return
+        current: Any = trainer.fit_loop.epoch_progress.current
+        kept = {name: value for name, value in trainer.callback_metrics.items() if isinstance(value, Tensor)}
+        told = {
+            "callbacks": [c.state_dict() if isinstance(c, Checkpoint) else None for c in callbacks_of(trainer)],
+            "epochs": [current.ready, current.started, current.processed, current.completed],
+            "metrics": kept,
+            "hyper": [hyperparameters(optimizer) for optimizer in self.optimizers],
+        }
+        said = self._meet("end", told if self.is_leader else None).get(LEADER)
+        if said is None or self.is_leader:
+            return
+        current.ready, current.started, current.processed, current.completed = said["epochs"]
+        for callback, state in zip(callbacks_of(trainer), said["callbacks"], strict=False):
+            if isinstance(callback, Checkpoint) and state is not None:
+                callback.load_state_dict(state)
+        trainer._logger_connector._callback_metrics.update(said["metrics"])
+        for optimizer, groups in zip(self.optimizers, said["hyper"], strict=True):
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
+                adopt(group, values)
+
+    def _agree_at_last(self) -> None:
+        """What callbacks made of the weights at the end (averages, pruning), they made on each rank by itself."""
+        if self.world_size > 1 and self._client is not None:
+            self._share_leaders_state()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """A new batch, in which each line of the program shares its first value first."""
+        self._num_shares.clear()
+
+    # ------------------------------------------------------------------ the end
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Nobody waits for this worker any more."""
+        self._hang_up()
+        super().on_exception(exception)
+
+    def _leave_run(self) -> None:
+        """Give everything back as it was. The line to the coordinator stays, for collectives after ``fit``."""
+        self._in_loop = self._nobody_waits = False
+        if self._loop_undo is not None:
+            self._loop_undo()
+            self._loop_undo = None
+        while self._undo:
+            self._undo.pop()()
+        self._batches = None
+        self._tickets.clear()
+        self._resumed = {}
+
+    def teardown(self) -> None:
+        """Leave the run, or what validates and tests."""
+        self._fitting = False
+        self._leave_run()
+        super().teardown()
+
+    # ------------------------------------------------------------------ optimizers
+
+    def _followed_schedulers(self) -> None:
+        """Let schedulers that count steps count the run's updates, of which this worker makes only some."""
+        for config in self.lr_scheduler_configs:
+            if config.interval == "step" and not config.reduce_on_plateau:
+                self._follow(config)
+
+    def _follow(self, config: Any) -> None:
+        scheduler, frequency = config.scheduler, max(int(config.frequency), 1)
+        kind = type(scheduler)
+        made = self._known_version() // frequency
+
+        def step(itself: Any, *args: Any, **kwargs: Any) -> None:
+            nonlocal made
+            due = self._known_version() // frequency
+            for _ in range(due - made):
+                kind.step(itself, *args, **kwargs)
+            made = max(made, due)
+
+        # Not an attribute of the scheduler: it would be saved with its state.
+        scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+        self._undo.append(lambda: setattr(scheduler, "__class__", kind))
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """A Trainer's callbacks."""
+    found: list[Callback] = trainer.__dict__["callbacks"]  # Lightning does not declare it
+    return found
+
+
+class _Every(int):
+    """A number of steps that ``step % every == 0`` never misses, if steps are passed over."""
+
+    def __new__(cls, every: int, passed: int) -> _Every:
+        self = super().__new__(cls, every)
+        self.passed = passed
+        return self
+
+    passed: int
+
+    def __rmod__(self, step: int) -> int:
+        passed, self.passed = self.passed, step // int(self)
+        return 0 if self.passed > passed else 1
+
+
+def parameters_of(optimizers: list[Optimizer]) -> list[tuple[nn.Parameter, int, int]]:
+    """Every parameter that an optimizer steps, once, with the indices of its optimizer and of its group there."""
+    found: dict[nn.Parameter, tuple[int, int]] = {}
+    for index, optimizer in enumerate(optimizers):
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                found.setdefault(parameter, (index, number))
+    return [(parameter, *place) for parameter, place in found.items()]

@@ -1,0 +1,255 @@
+"""A stock DataLoader whose batches come from the queue of the run, under a stock training loop."""
+
+from __future__ import annotations
+
+import copy
+import random
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.data import _update_dataloader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+
+from .consistency.queue import Ticket
+
+Order = list[list[int]]
+Call = Callable[..., tuple[dict[str, Any], bytearray]]  # asks the coordinator: header, payload -> header, payload
+
+
+class LeasedBatches:
+    """A batch sampler that asks the coordinator for each batch.
+
+    Args:
+        loader: The user's loader, whose sampler says the order of an epoch.
+        num_batches: How many of them an epoch has, over all workers.
+        seed: Of all orders, the same on all workers.
+
+    """
+
+    def __init__(self, loader: DataLoader[Any], num_batches: int, seed: int) -> None:
+        self._source = loader
+        self._num_batches = num_batches
+        self._seed = seed
+        self._single = loader.batch_sampler is None  # the data set makes batches of its own
+        self.call: Call | None = None
+        self.epoch: Callable[[], tuple[int, bool]] = lambda: (0, False)
+        self.on_reply: Callable[[dict[str, Any]], None] = lambda reply: None
+        self.done_before: dict[int, tuple[Order, list[int]]] = {}
+        self.dealt: deque[Ticket] = deque()  # to batches that have not reached the loop
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        self.give_back()
+        epoch, last = self.epoch()
+        call = self.call
+        assert call is not None
+        self._propose(call, epoch)
+        while True:
+            reply, payload = call({"op": "lease", "epoch": epoch, "last": last})
+            self.on_reply(reply)
+            if reply.get("end"):
+                return
+            number, position = reply["ticket"]
+            self.dealt.append((int(number), int(position)))
+            indices = memoryview(payload).cast("q").tolist()
+            yield indices[0] if self._single else indices
+
+    def _propose(self, call: Call, epoch: int) -> None:
+        """Say the order of an epoch, unless somebody has."""
+        reply, _ = call({"op": "epoch", "epoch": epoch})
+        if reply["open"]:
+            return
+        for earlier in sorted(number for number in self.done_before if number < epoch):
+            self._say(call, earlier, *self.done_before[earlier])  # what a lost worker left behind in it
+        self._say(call, epoch, *(self.done_before.get(epoch) or (self.order(epoch), [])))
+
+    @staticmethod
+    def _say(call: Call, epoch: int, order: Order, done: list[int]) -> None:
+        flat = array("q", [index for batch in order for index in batch])
+        header = {"op": "order", "epoch": epoch, "sizes": [len(batch) for batch in order], "done": done}
+        call(header, flat.tobytes())
+
+    def order(self, epoch: int) -> Order:
+        """The batches of an epoch, from the user's sampler under a seed of the epoch's own."""
+        sampler = self._source.sampler
+        with _seeded(self._seed + epoch):
+            for part in (sampler, self._source.batch_sampler):
+                if callable(getattr(part, "set_epoch", None)):
+                    part.set_epoch(epoch)  # type: ignore[union-attr]
+            if self._single:
+                batches: list[Any] = [[index] for index in sampler]
+            else:
+                assert self._source.batch_sampler is not None
+                batches = [list(batch) for batch in self._source.batch_sampler]
+        for batch in batches:
+            if not all(isinstance(index, (int, np.integer)) for index in batch):
+                raise MisconfigurationException(
+                    f"{type(sampler).__name__} yields {type(batch[0]).__name__}s. The queue deals out sample numbers:"
+                    " let the sampler yield integers, and the data set translate them."
+                )
+        return [[int(index) for index in batch] for batch in batches[: self._num_batches]]
+
+    def give_back(self) -> None:
+        """Return what was dealt to batches that nobody will see."""
+        if self.dealt and self.call is not None:
+            tickets = list(self.dealt)
+            self.dealt.clear()
+            self.call({"op": "return", "tickets": tickets})
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def can_be_leased(loader: Any) -> bool:
+    """Whether a loader has samples that can be dealt out by number."""
+    return (
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and hasattr(loader._index_sampler, "__len__")
+    )
+
+
+def lease(loader: DataLoader[Any], limit: int | float | None, num_workers: int, seed: int) -> DataLoader[Any]:
+    """A copy of a loader whose batches come from the queue.
+
+    Args:
+        loader: The user's.
+        limit: Trainer's ``limit_train_batches``: a fraction of an epoch, or batches per worker.
+        num_workers: Workers that the queue serves.
+        seed: Of the orders.
+
+    """
+    whole = _undistributed(loader)
+    num_batches = len(whole)
+    if isinstance(limit, float):
+        num_batches = int(num_batches * limit)
+    elif limit is not None:
+        num_batches = min(num_batches, limit * num_workers)
+    leased = copy.copy(whole)
+    batches = LeasedBatches(whole, num_batches, seed)
+    # A loader lets nobody set these after it is made; made anew, it would need the arguments of the user's subclass.
+    object.__setattr__(leased, "sampler" if batches._single else "batch_sampler", batches)
+    object.__setattr__(leased, "_iterator", None)
+    return leased
+
+
+def split(loader: DataLoader[Any], num_workers: int, rank: int, seed: int) -> DataLoader[Any]:
+    """A loader of one worker's share, where no queue deals samples out."""
+    if num_workers == 1 or isinstance(loader.sampler, DistributedSampler):
+        return loader
+    sampler: DistributedSampler[Any]
+    if isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
+        shuffles = isinstance(loader.sampler, RandomSampler)
+        sampler = DistributedSampler(loader.dataset, num_workers, rank, shuffle=shuffles, seed=seed)
+    else:
+        sampler = DistributedSamplerWrapper(loader.sampler, num_replicas=num_workers, rank=rank)
+    shared: DataLoader[Any] = _update_dataloader(loader, sampler, mode=RunningStage.TRAINING)
+    return shared
+
+
+def leased_batches(loader: Any) -> LeasedBatches | None:
+    """The queue's end in a loader that :func:`lease` made."""
+    if not isinstance(loader, DataLoader):
+        return None
+    for part in (loader.batch_sampler, loader.sampler):
+        if isinstance(part, LeasedBatches):
+            return part
+    return None
+
+
+def _undistributed(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of all samples, where the user's deals out one rank's share."""
+    sampler = loader.sampler
+    if not isinstance(sampler, DistributedSampler) or sampler.num_replicas == 1:
+        return loader
+    alone: DistributedSampler[Any] = DistributedSampler(
+        sampler.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed
+    )
+    whole = copy.copy(loader)
+    object.__setattr__(whole, "sampler", alone)
+    if loader.batch_sampler is not None:
+        batch_sampler: Any = copy.copy(loader.batch_sampler)
+        batch_sampler.sampler = alone
+        object.__setattr__(whole, "batch_sampler", batch_sampler)
+    return whole
+
+
+class LeaseFetcher(_PrefetchDataFetcher):
+    """Knows one batch ahead whether more will come, though nobody knows how many batches a worker will get."""
+
+    def __init__(
+        self, batches: LeasedBatches, on_batch: Callable[[Ticket, bool], None], on_empty: Callable[[], None]
+    ) -> None:
+        super().__init__(prefetch_batches=1)
+        self._leased = batches
+        self._on_batch = on_batch
+        self._on_empty = on_empty
+        self._tickets: deque[Ticket] = deque()  # of batches that are here
+
+    @classmethod
+    def in_place_of(cls, fetcher: _DataFetcher, *args: Any) -> LeaseFetcher:
+        """Take over a stock fetcher's loader, and the iterator that it has made already."""
+        ours = cls(*args)
+        ours.setup(fetcher.combined_loader)
+        ours.iterator = fetcher.iterator
+        return ours
+
+    def __iter__(self) -> LeaseFetcher:
+        _DataFetcher.__iter__(self)
+        return self
+
+    def reset(self) -> None:
+        """Forget how long the loader says it is: that is the length for all workers together."""
+        super().reset()
+        self.length = None
+        self.done = False
+
+    def __next__(self) -> Any:
+        if not self.batches:
+            if self.done:
+                raise StopIteration
+            try:
+                self._fetch()
+            except StopIteration:
+                self._on_empty()
+                raise
+        batch = self.batches.pop(0)
+        ticket = self._tickets.popleft()
+        try:
+            self._fetch()
+        except StopIteration:
+            self.done = True
+        self._on_batch(ticket, self.done)
+        return batch
+
+    def _fetch(self) -> None:
+        batch = _DataFetcher.__next__(self)
+        self.batches.append(batch)
+        self._tickets.append(self._leased.dealt.popleft())
+
+    def teardown(self) -> None:
+        """Forget what was fetched; its leases end with the loop."""
+        self._tickets.clear()
+        super().teardown()

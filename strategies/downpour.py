@@ -1,0 +1,348 @@
+"""Downpour SGD: workers that push gradients to sharded parameter servers and wait for nobody."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._asynchronous import parameters_of
+from ._updating import UpdatingStrategy, check_whole
+from .consistency import snapshot as snapshots
+from .consistency.hosting import get_host
+from .consistency.memory import Segment
+from .consistency.optimizers import carry, carry_groups, try_state
+from .consistency.plan import ParameterInfo, Plan, StateEntry, make_plan
+from .consistency.replica import Replica
+from .consistency.shard import ShardSpec
+from .consistency.staleness import MEAN_SQUARE, StalenessRule
+from .consistency.updates import SliceMemory
+from .placement.optimizers import is_elementwise
+
+_KEY = "squall_downpour"
+_ELEMENTS_PER_SHARD = 1 << 23
+
+
+class DownpourStrategy(UpdatingStrategy):
+    """Asynchronous data parallelism around sharded parameter servers (Dean et al. 2012, section 4.1).
+
+    Every rank is a worker that trains at its own pace on batches from one queue: it computes a gradient, pushes it,
+    and fetches weights that others have moved meanwhile. The parameters live in *shards*, processes beside the
+    workers, which run the optimizer that ``configure_optimizers`` returned, each on its slice. A slow worker slows
+    nobody and a dead one stops nobody: what it had not finished is dealt out again. A killed shard is started again
+    where it was. Each push is applied once, or reported lost.
+
+    Rank 0 is the *leader*: it validates, logs and writes checkpoints while the others train on. Should it be lost,
+    the run ends, and another rank writes all that was learned to ``rank0-lost-step=….ckpt`` first.
+
+    ``max_epochs`` counts passes over the data by all workers together, ``max_steps`` and ``trainer.global_step``
+    updates by all of them. Learning rates follow the leader's schedulers, which count updates.
+
+    Args:
+        push_every: Steps whose gradients are summed before they are pushed (``n_push``).
+        fetch_every: Steps between fetches (``n_fetch``). In between a worker steps by itself, ``w -= lr g``.
+        num_shards: Number of shards, or ``"auto"``: one per 8 M parameters, up to half the cores.
+        max_staleness: How many steps a worker may be ahead of the slowest live one (stale-synchronous, Ho 2013);
+            ``None`` for any number. At a fetch every push, an update misses at most
+            ``2 (max_staleness + 1) (workers - 1)`` others.
+        staleness_rule: ``"none"``; ``"inverse"`` divides the learning rate by the staleness (Zhang 2016);
+            ``"delay_compensated"`` corrects the gradient to the weights that it meets (Zheng 2017).
+        codec: How pushes are coded: ``"fp32"`` (as they are), ``"bf16"``, ``"int8"``, ``"1bit"``, ``"topk"``.
+        warm_start_steps: Updates that the leader makes alone before the others begin.
+        num_columns: Reserved for replicas in columns; only 1 is accepted.
+        sparsity: Reserved for sparse weights; only ``None`` is accepted.
+        overlap: Compute the next gradient while the last one is applied: nobody waits for a shard, and every
+            gradient is one update staler.
+        lease_timeout: Seconds without a sign of life after which a worker counts as lost. Workers give such signs
+            while they compute.
+        join_timeout: Seconds that the first workers wait for the others, before they begin without them.
+        schedule: What :meth:`events` of an earlier run said, to repeat that run's interleaving.
+        accelerator: Passed on to Lightning, like all that follow.
+        parallel_devices: The devices of this host.
+        cluster_environment: Who starts the processes.
+        checkpoint_io: How files are written.
+        precision_plugin: Numerical precision.
+
+    Raises:
+        MisconfigurationException: Before the first batch, if an argument, or an optimizer that needs a closure,
+            makes no sense here.
+
+    Metrics: ``staleness/mean`` and ``staleness/max`` over all updates so far (and a histogram in TensorBoard),
+    ``queue/samples`` trained on, ``queue/reissued`` batches dealt out again, ``updates/applied``, ``updates/lost``,
+    ``workers/live``.
+
+    Example:
+        >>> import squall
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(strategy="downpour", accelerator="cpu", devices=2)
+        >>> trainer.strategy.push_every
+        1
+
+    """
+
+    def __init__(
+        self,
+        push_every: int = 1,
+        fetch_every: int = 1,
+        num_shards: int | Literal["auto"] = "auto",
+        max_staleness: int | None = None,
+        staleness_rule: str = "none",
+        codec: str = "fp32",
+        warm_start_steps: int = 0,
+        num_columns: int = 1,
+        sparsity: None = None,
+        *,
+        overlap: bool = False,
+        lease_timeout: float = 30.0,
+        join_timeout: float = 120.0,
+        schedule: Sequence[Sequence[Any]] | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            warm_start_steps,
+            lease_timeout,
+            join_timeout,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        for name, value, least in (
+            ("push_every", push_every, 1),
+            ("fetch_every", fetch_every, 1),
+            ("num_shards", 1 if num_shards == "auto" else num_shards, 1),
+            ("max_staleness", 0 if max_staleness is None else max_staleness, 0),
+        ):
+            check_whole(name, value, least)
+        if num_columns != 1:
+            raise MisconfigurationException(f"num_columns={num_columns!r}: replicas are whole so far. Leave it at 1.")
+        if sparsity is not None:
+            raise MisconfigurationException(f"sparsity={sparsity!r}: weights are dense so far. Leave sparsity=None.")
+        _check_codec(codec)
+        self.push_every = push_every
+        self.fetch_every = fetch_every
+        self.num_shards = num_shards
+        self.max_staleness = max_staleness
+        self.rule = StalenessRule(staleness_rule)
+        self.codec = codec
+        self.overlap = overlap
+        self._schedule = schedule
+        self._replica: Replica | None = None
+        self._plan: Plan | None = None
+        self._shard_names: list[str] = []
+        self._accrued: list[Tensor | None] = []
+
+    def _run_options(self, trainer: Trainer) -> dict[str, Any]:
+        return {
+            **super()._run_options(trainer),
+            "max_staleness": self.max_staleness,
+            "schedule": self._schedule,
+        }
+
+    @property
+    def replica(self) -> Replica:
+        """This worker's side of the weights, inside the loop."""
+        assert self._replica is not None
+        return self._replica
+
+    # ------------------------------------------------------------------ into the loop
+
+    def setup(self, trainer: Trainer) -> None:
+        """Look at the optimizers while nothing has begun."""
+        super().setup(trainer)
+        if self._fitting:
+            self._plan = self._make_plan()
+
+    def _make_plan(self) -> Plan:
+        members = parameters_of(self.optimizers)
+        self._parameters = [parameter for parameter, _, _ in members]
+        elementwise = [is_elementwise(optimizer) for optimizer in self.optimizers]
+        tried: dict[Any, tuple[StateEntry, ...]] = {}
+        infos = []
+        for parameter, index, group in members:
+            optimizer = self.optimizers[index]
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise MisconfigurationException(
+                    "LBFGS asks for the loss several times a step, which shards can't answer. Use another optimizer,"
+                    ' or Trainer(strategy="ddp").'
+                )
+            shape = (5,) if elementwise[index] else tuple(parameter.shape)
+            key = (index, group, parameter.dtype, shape)
+            if key not in tried:
+                entries = try_state(optimizer, optimizer.param_groups[group], shape, parameter.dtype)
+                if self.rule.compensates:
+                    entries.append(StateEntry(MEAN_SQUARE, "like", (), parameter.dtype))
+                tried[key] = tuple(entries)
+            infos.append(ParameterInfo(tuple(parameter.shape), parameter.dtype, index, group, tried[key]))
+        num_elements = sum(info.num_elements for info in infos)
+        num_shards = max(1, min((os.cpu_count() or 1) // 2, -(-num_elements // _ELEMENTS_PER_SHARD)))
+        if isinstance(self.num_shards, int):
+            num_shards = self.num_shards
+        return make_plan(infos, elementwise, num_shards, _code_size(self.codec))
+
+    def _digest_of_layout(self) -> str:
+        assert self._plan is not None
+        return self._plan.digest
+
+    def _lay_out(self) -> None:
+        """Hand the weights to the shards."""
+        assert self._plan is not None
+        host = get_host()
+        names = host.request({"op": "memory", "num_bytes": [slice_.num_bytes for slice_ in self._plan.slices]})["names"]
+        memories = [SliceMemory(Segment(name), slice_) for name, slice_ in zip(names, self._plan.slices, strict=True)]
+        snapshots.fill(memories, self._parameters, self.optimizers)
+        spec = ShardSpec(
+            self._plan,
+            tuple(carry(optimizer) for optimizer in self.optimizers),
+            carry_groups(self.optimizers),
+            self.rule,
+            self.codec,
+            3 if self.rule.compensates else 2,
+        )
+        host.request({"op": "go", "version": self._version}, pickle.dumps(spec))
+
+    def _join(self) -> None:
+        if self._replica is None:
+            assert self._plan is not None
+            self._replica = Replica(
+                self.client, self._plan, self._parameters, self._run_name, 3 if self.rule.compensates else 2, self.codec
+            )
+            self._shard_names = [f"{self._run_name}-s{index}" for index in range(len(self._plan.slices))]
+            self._accrued = [None] * len(self._parameters)
+            for optimizer in self.optimizers:
+                optimizer.state.clear()  # it is with the shards
+        self._replica.join()
+        self._version = max(self._version, self._replica.version)
+
+    # ------------------------------------------------------------------ a step
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Compute with what came back from the last push, and not further ahead than the run allows."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.max_staleness is not None:
+            self._rejoining(lambda: self.client.call({"op": "gate"}))
+        if self.overlap:
+            self._rejoining(lambda: self.replica.land(keep=1))
+
+    def _keep_edits(self, first: bool) -> bool:
+        reference = None if self._snapshot is None else self._snapshot.weights
+        return self.replica.write_if_edited(reference, look=first or reference is not None)
+
+    def _step(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
+        gradients = self._gradients_of(optimizer)
+        self._count(self._version)
+        if all(gradient is None for gradient in gradients):
+            return
+        self._num_steps += 1
+        trainer = self._trainer
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        push = self._num_steps % self.push_every == 0 or last
+        fetch = self._num_steps % self.fetch_every == 0 or last
+        if self.push_every > 1:
+            self._accrue(gradients)
+        if push:
+            self._push(self._accrued if self.push_every > 1 else gradients, fetch)
+            self._accrued = [None] * len(self._parameters)
+        elif fetch:
+            self._rejoining(self.replica.fetch)
+        if not fetch:
+            self.replica.step_locally(gradients, self._rates())
+        self._adopt_hyperparameters(self.replica.hyper)
+        self.replica.hyper = None
+        self._count(self._version)
+
+    def _gradients_of(self, optimizer: Optimizer) -> list[Tensor | None]:
+        mine = {p for group in optimizer.param_groups for p in group["params"]} if len(self.optimizers) > 1 else None
+        return [p.grad if mine is None or p in mine else None for p in self._parameters]
+
+    @torch.no_grad()
+    def _accrue(self, gradients: Sequence[Tensor | None]) -> None:
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                known = self._accrued[index]
+                self._accrued[index] = gradient.clone() if known is None else known.add_(gradient)
+
+    def _rates(self) -> list[float]:
+        infos = self._plan.parameters if self._plan is not None else ()
+        return [float(self.optimizers[info.optimizer].param_groups[info.group].get("lr", 0.0)) for info in infos]
+
+    def _push(self, gradients: Sequence[Tensor | None], fetch: bool) -> None:
+        hyper = self._changed_hyperparameters()
+        assert self._buffers is not None
+        buffers = self._buffers.pack()
+        tickets = list(self._tickets)
+        self._tickets.clear()
+
+        def push() -> None:
+            result = self.replica.push(gradients, tickets, fetch, hyper, buffers)
+            self._version = result.version
+            if fetch and not self.overlap:
+                self.replica.land()
+            elif not result.applied:
+                self.replica.fetch()
+
+        self._rejoining(push)
+        self._version = max(self._version, self.replica.version)
+
+    # ------------------------------------------------------------------ one consistent snapshot
+
+    def _read_snapshot(self, with_state: bool) -> snapshots.Snapshot:
+        """Read one version of all weights."""
+        assert self._plan is not None
+        self.replica.settle()
+        shot = snapshots.take(self.client, self._plan, self._shard_names, with_state)
+        with torch.no_grad():
+            for parameter, weight in zip(self._parameters, shot.weights, strict=True):
+                parameter.data.copy_(weight)
+        self.replica.base = shot.version
+        return shot
+
+    def _leave_snapshot(self) -> None:
+        self.replica.fetch()
+
+    # ------------------------------------------------------------------ out of the loop
+
+    def _hand_in_the_rest(self) -> None:
+        if any(gradient is not None for gradient in self._accrued):
+            self._push(self._accrued, fetch=False)
+            self._accrued = [None] * len(self._parameters)
+        super()._hand_in_the_rest()
+
+    def _leave(self, stop: bool) -> int | None:
+        return self.replica.leave(stop)
+
+    def _leave_run(self) -> None:
+        self._replica = self._plan = None
+        self._accrued = []
+        super()._leave_run()
+
+
+def _code_size(codec: str) -> Callable[[int, torch.dtype], int]:
+    if codec == "fp32":
+        return lambda num_elements, dtype: num_elements * dtype.itemsize
+    from .consistency.codecs import get_codec
+
+    found = get_codec(codec)
+    return lambda num_elements, dtype: found.num_bytes(num_elements)
+
+
+def _check_codec(codec: str) -> None:
+    if codec != "fp32":
+        from .consistency.codecs import get_codec
+
+        get_codec(codec)

@@ -1,0 +1,124 @@
+"""Faults and delays at given steps of given ranks: an asynchronous run, made a script."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from ._asynchronous import AsynchronousStrategy
+
+
+class EventInjector(Callback):
+    """Makes ranks of an asynchronous run die, wait for each other, or fall behind, at steps of one's choice.
+
+    Steps count a rank's own batches from 0. A delay or a barrier *at* a step stands before the rank asks for the
+    batch after it is done with the ones before: while a rank waits there, it does nothing at all. (A rank always has
+    the next batch in hand already.) A failure at a step is in the midst of it: its samples are dealt to somebody
+    else. Whatever could be waited for in vain, because its rank is lost or has finished, is not waited for.
+
+    A script that leaves open who comes first can be replayed all the same: ``trainer.strategy.events`` of one run,
+    given as ``schedule`` to the next, repeats the interleaving, and gives identical weights.
+
+    Example:
+        >>> from squall import EventInjector
+        >>> events = EventInjector().barrier_at([0, 1], 0).delay_at(1, 0, until_version=5).fail_at(1, 3)
+        >>> print(events)
+        barrier_at([0, 1], 0).delay_at(1, 0, until_version=5).fail_at(1, 3)
+
+    """
+
+    def __init__(self) -> None:
+        self._barriers: dict[int, list[list[int]]] = {}
+        self._delays: dict[tuple[int, int], int] = {}
+        self._failures: set[tuple[int, int]] = set()
+        self._script: list[str] = []
+        self._step = 0
+
+    def __str__(self) -> str:
+        return ".".join(self._script)
+
+    def fail_at(self, rank: int, step: int) -> EventInjector:
+        """Have a rank end itself with ``kill -9``, with the batch of this step in hand.
+
+        Args:
+            rank: Which.
+            step: Number of its own batches before.
+
+        """
+        self._failures.add((_whole("rank", rank), _whole("step", step)))
+        self._script.append(f"fail_at({rank}, {step})")
+        return self
+
+    def delay_at(self, rank: int, step: int, until_version: int) -> EventInjector:
+        """Have a rank wait, before this step, until the run has made so many updates.
+
+        Args:
+            rank: Which.
+            step: Number of its own batches before.
+            until_version: Number of updates, by all ranks.
+
+        """
+        self._delays[_whole("rank", rank), _whole("step", step)] = _whole("until_version", until_version)
+        self._script.append(f"delay_at({rank}, {step}, until_version={until_version})")
+        return self
+
+    def barrier_at(self, ranks: list[int], step: int) -> EventInjector:
+        """Have ranks wait for each other, before this step of each of them.
+
+        Args:
+            ranks: Which.
+            step: Number of each one's own batches before.
+
+        """
+        chosen = sorted({_whole("rank", rank) for rank in ranks})
+        self._barriers.setdefault(_whole("step", step), []).append(chosen)
+        self._script.append(f"barrier_at({chosen}, {step})")
+        return self
+
+    # ------------------------------------------------------------------ carried out
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here."""
+        if not isinstance(trainer.strategy, AsynchronousStrategy):
+            name = type(trainer.strategy).__name__
+            raise MisconfigurationException(
+                f"EventInjector scripts asynchronous runs, and this one's strategy is {name}."
+                ' Use Trainer(strategy="downpour"), or take the callback out.'
+            )
+        self._step = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait before the first batch is asked for."""
+        if self._step == 0:
+            self._wait(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Fail."""
+        if (trainer.global_rank, self._step) in self._failures:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Wait before the next batch is asked for."""
+        self._step += 1
+        self._wait(trainer)
+
+    def _wait(self, trainer: Trainer) -> None:
+        strategy, rank = trainer.strategy, trainer.global_rank
+        assert isinstance(strategy, AsynchronousStrategy)
+        for number, ranks in enumerate(self._barriers.get(self._step, ())):
+            if rank in ranks:
+                strategy.wait_for_ranks(f"{self._step}.{number}", ranks)
+        if (rank, self._step) in self._delays:
+            strategy.wait_for_version(self._delays[rank, self._step])
+
+
+def _whole(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise MisconfigurationException(f"{name}={value!r} must be a whole number, 0 or more.")
+    return value

@@ -1,0 +1,262 @@
+"""Downpour under a Trainer, against closed forms: every number below can be worked out by hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import squall
+from tests.ranks import run
+
+pytestmark = pytest.mark.asynchronous
+
+LR = 0.125  # a power of two, like all gradients here: sums of them are exact in any order
+START = 8.0
+
+
+class Constant(LightningModule):
+    """A loss whose gradient is 1 for the first vector's elements and -2 for the second's, whatever the weights are."""
+
+    def __init__(self, optimizer: str = "SGD", **options: Any) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.full((7, 3), START)), nn.Parameter(torch.full((5,), START))
+        self.optimizer, self.options = optimizer, {"lr": LR, **options}
+        self.register_buffer("rank_seen", torch.zeros(2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.rank_seen.fill_(float(self.global_rank + 1))
+        return self.up.sum() - 2 * self.down.sum()
+
+    def configure_optimizers(self) -> Any:
+        return getattr(torch.optim, self.optimizer)(self.parameters(), **self.options)
+
+
+def rows(num: int = 24) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.arange(num).float()), batch_size=1)
+
+
+def trainer(strategy: Any, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu", "devices": int(os.environ.get("WORLD_SIZE", "1")), "max_epochs": 1, "logger": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+    }  # fmt: skip
+    return Trainer(strategy=strategy, **{**defaults, **options})
+
+
+def fit(module: LightningModule, strategy: Any, loader: Any = None, **options: Any) -> Trainer:
+    made = trainer(strategy, **options)
+    made.fit(module, rows() if loader is None else loader)
+    return made
+
+
+def _constant(options: dict[str, Any]) -> dict[str, Any]:
+    module = Constant()
+    strategy = squall.DownpourStrategy(**options)
+    made = fit(module, strategy)
+    return {
+        "up": module.up.detach().clone(),
+        "down": module.down.detach().clone(),
+        "steps": made.global_step,
+        "report": dict(strategy.report),
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_shards": 3}, {"overlap": True}, {"fetch_every": 3}, {"max_staleness": 1}, {"warm_start_steps": 5}],
+    ids=str,
+)
+def test_every_push_is_applied_once(num_ranks: int, options: dict[str, Any]) -> None:
+    for seen in run(num_ranks, _constant, options, lightning=True):
+        assert seen["steps"] == seen["report"]["version"] == seen["report"]["num_samples"] == 24
+        assert sum(count for _, count in seen["report"]["staleness"]) == 24
+        assert torch.equal(seen["up"], torch.full((7, 3), START - 24 * LR))
+        assert torch.equal(seen["down"], torch.full((5,), START + 24 * 2 * LR))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_sums_of_gradients_are_pushed(num_ranks: int) -> None:
+    for seen in run(num_ranks, _constant, {"push_every": 5}, lightning=True):
+        assert torch.equal(seen["up"], torch.full((7, 3), START - 24 * LR)), "each gradient counts once"
+        assert seen["report"]["num_samples"] == 24
+        assert seen["report"]["version"] < 24
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "1bit", "topk:1.0"])
+def test_codecs_lose_nothing_of_gradients_that_they_can_say(codec: str) -> None:
+    for seen in run(2, _constant, {"codec": codec}, lightning=True):
+        torch.testing.assert_close(seen["up"], torch.full((7, 3), START - 24 * LR), rtol=1e-6, atol=0)
+        torch.testing.assert_close(seen["down"], torch.full((5,), START + 24 * 2 * LR), rtol=1e-6, atol=0)
+
+
+def _adagrad() -> Tensor:
+    module = Constant("Adagrad", eps=0.0)
+    fit(module, squall.DownpourStrategy(num_shards=2))
+    return module.down.detach().clone()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_adagrad_of_the_paper(num_ranks: int) -> None:
+    """``w -= lr g / sqrt(n g g)`` for n = 1, 2, ...: the accumulator includes the gradient itself."""
+    expected = START + LR * sum(n**-0.5 for n in range(1, 25))
+    for seen in run(num_ranks, _adagrad, lightning=True):
+        torch.testing.assert_close(seen, torch.full((5,), expected), rtol=1e-5, atol=0)
+
+
+def _max_steps(max_steps: int) -> tuple[int, Tensor]:
+    module = Constant()
+    made = fit(module, "downpour", max_steps=max_steps, max_epochs=-1)
+    return made.global_step, module.up.detach().clone()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_max_steps_counts_everybodys_updates(num_ranks: int) -> None:
+    for steps, up in run(num_ranks, _max_steps, 37, lightning=True):
+        assert steps == 37
+        assert torch.equal(up, torch.full((7, 3), START - 37 * LR))
+
+
+class Quadratic(Constant):
+    """A gradient that shows which weights it was computed from: ``w - target of the batch``."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 0.5 * (self.up - batch[0]).square().sum()
+
+
+def _quadratic(options: dict[str, Any], delay: int) -> tuple[Tensor, Tensor, list[Any]]:
+    module = Quadratic()
+    strategy = squall.DownpourStrategy(**options)
+    fit(module, strategy)
+    past = [torch.full((7, 3), START)]
+    for number in range(24):
+        base = past[max(number - delay, 0)]
+        past.append(past[-1] - LR * (base - number))
+    return module.up.detach(), past[-1], strategy.report["staleness"]
+
+
+@pytest.mark.parametrize(
+    ("options", "delay", "staleness"),
+    [
+        ({}, 0, [[0, 24]]),
+        ({"overlap": True}, 1, [[0, 1], [1, 23]]),
+        ({"fetch_every": 4}, 0, [[0, 6], [1, 6], [2, 6], [3, 6]]),
+        ({"push_every": 4, "fetch_every": 4}, 0, [[0, 6]]),
+    ],
+    ids=str,
+)
+def test_one_worker_computes_with_the_weights_it_should(
+    options: dict[str, Any], delay: int, staleness: list[Any]
+) -> None:
+    """Local steps of plain SGD are the shards' own; overlap means weights that miss exactly the last update."""
+    ((up, expected, seen),) = run(1, _quadratic, options, delay, lightning=True)
+    torch.testing.assert_close(up, expected, rtol=1e-5, atol=1e-6)
+    assert [list(pair) for pair in seen] == staleness
+
+
+class Stepped(Constant):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=6, gamma=0.5)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def _schedule() -> tuple[float, Tensor]:
+    module = Stepped()
+    made = fit(module, squall.DownpourStrategy(max_staleness=0))
+    return float(made.optimizers[0].param_groups[0]["lr"]), module.up.detach().clone()
+
+
+def test_schedules_count_updates() -> None:
+    ((_, alone),) = run(1, _schedule, lightning=True)
+    assert torch.equal(alone, torch.full((7, 3), START - LR * 6 * (1 + 0.5 + 0.25 + 0.125)))
+    for rate, up in run(2, _schedule, lightning=True):
+        assert rate in (LR / 8, LR / 16), "a quarter of the rates if each rank counted its own steps"
+        assert abs(up[0, 0] - alone[0, 0]) <= 2 * LR  # the leader hears of others' updates at its own steps
+
+
+def _buffers() -> list[float]:
+    module = Constant()
+    fit(module, squall.DownpourStrategy(max_staleness=0))
+    return module.rank_seen.tolist()
+
+
+def test_buffers_are_averaged() -> None:
+    assert run(1, _buffers, lightning=True) == [[1.0, 1.0]]
+    assert run(2, _buffers, lightning=True) == [[1.5, 1.5]] * 2
+
+
+def _interrupted(path: str) -> tuple[Tensor, Tensor, list[Any]]:
+    """Train for two epochs; then again, broken off in the second one and resumed on other shards."""
+
+    class Shuffled(Quadratic):
+        pass
+
+    def loader() -> Any:
+        torch.manual_seed(3)
+        return DataLoader(TensorDataset(torch.arange(24).float()), batch_size=1, shuffle=True)
+
+    straight, resumed = Shuffled("Adam"), Shuffled("Adam")
+    torch.manual_seed(5)
+    fit(straight, squall.DownpourStrategy(num_shards=1), loader(), max_epochs=2)
+    keep = ModelCheckpoint(path, "{step}", every_n_train_steps=31, save_top_k=-1)
+    torch.manual_seed(5)
+    fit(
+        Shuffled("Adam"), squall.DownpourStrategy(num_shards=2), loader(), max_epochs=2, enable_checkpointing=True,
+        callbacks=[keep],
+    )  # fmt: skip
+    strategy = squall.DownpourStrategy(num_shards=3)
+    made = trainer(strategy, max_epochs=2)
+    made.fit(resumed, loader(), ckpt_path=Path(path) / "step=31.ckpt", weights_only=True)
+    return straight.up.detach(), resumed.up.detach(), [made.global_step, strategy.report["num_samples"]]
+
+
+def test_a_run_resumed_on_other_shards_is_the_run(tmp_path: Path) -> None:
+    ((straight, resumed, counts),) = run(1, _interrupted, str(tmp_path), lightning=True)
+    torch.testing.assert_close(straight, resumed, rtol=1e-6, atol=0)  # vector units round a slice's tail otherwise
+    assert counts == [48, 48 - 31]
+
+
+class _Edits(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            with torch.no_grad():
+                module.up.fill_(100.0)  # type: ignore[operator, union-attr]
+
+
+def _edited() -> Tensor:
+    module = Constant()
+    fit(module, squall.DownpourStrategy(num_shards=2), max_epochs=2, callbacks=[_Edits()])
+    return module.up.detach().clone()
+
+
+def test_edits_between_steps_are_kept() -> None:
+    ((up,)) = run(1, _edited, lightning=True)
+    assert torch.equal(up, torch.full((7, 3), 100.0 - 24 * LR))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"push_every": 0}, "push_every=0"),
+        ({"fetch_every": 1.5}, "fetch_every=1.5"),
+        ({"num_shards": "many"}, "num_shards='many'"),
+        ({"max_staleness": -1}, "max_staleness=-1"),
+        ({"staleness_rule": "hope"}, "staleness_rule='hope'"),
+        ({"codec": "gzip"}, "codec"),
+        ({"warm_start_steps": True}, "warm_start_steps=True"),
+        ({"lease_timeout": 0}, "lease_timeout=0"),
+        ({"num_columns": 2}, "num_columns=2"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, RuntimeError, Exception), match=message):
+        squall.DownpourStrategy(**options)
