@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 MODES = ("fit", "validate", "test")
 # What a model file leaves null, and the attribute of the DataModule that fills it in.
+_WITH_ADAGRAD = ("DownpourStrategy", "HogwildStrategy")
 FROM_DATA = {"num_classes": "num_classes", "in_channels": "num_channels", "image_size": "image_size"}
 
 
@@ -68,6 +69,22 @@ def fill_from_data(node: Any, datamodule: Any) -> None:
                 fill_from_data(node[key], datamodule)
 
 
+def choose_optimizer(cfg: DictConfig) -> None:
+    """Replace, in place, an optimizer and a learning rate that are left null.
+
+    Asynchronous training has Adagrad, as in Dean et al. (2012, section 4.1), all else SGD.
+
+    Args:
+        cfg: The composed tree.
+
+    """
+    target = str(cfg.strategy.get("_target_")) if isinstance(cfg.strategy, DictConfig) else ""
+    if "optimizer" in cfg.model and cfg.model.optimizer is None:
+        cfg.model.optimizer = "adagrad" if target.endswith(_WITH_ADAGRAD) else "sgd"
+    if "lr" in cfg.model and cfg.model.lr is None:
+        cfg.model.lr = 0.01 if cfg.model.optimizer == "adagrad" else 0.03
+
+
 def instantiate_all(node: DictConfig | None) -> list[Any]:
     """Make every object of a group whose file names several; an entry that is null is left out.
 
@@ -111,6 +128,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         cfg.trainer.devices = num_devices(cfg)
         datamodule = _make_datamodule(cfg.data)
         fill_from_data(cfg.model, datamodule)
+        choose_optimizer(cfg)
     module = hydra.utils.instantiate(cfg.model)
     trainer = hydra.utils.instantiate(
         cfg.trainer,

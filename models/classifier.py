@@ -32,8 +32,8 @@ class ImageClassifier(L.LightningModule):
     Args:
         model: Maps images, (N, C, H, W), to logits, (N, classes). Its ``image_size`` and ``in_channels`` make
             the example input if it has them, ``num_classes`` decides about the top-5 accuracy.
-        optimizer: "sgd", "adam", "adamw", or a function of the parameters that makes an optimizer (then ``lr``,
-            ``momentum``, ``weight_decay`` and ``bias_lr_factor`` are its business and aren't used).
+        optimizer: "sgd", "adam", "adamw", "adagrad", or a function of the parameters that makes an optimizer (then
+            ``lr``, ``momentum``, ``weight_decay`` and ``bias_lr_factor`` are its business and aren't used).
         lr: Learning rate; the largest one for "one_cycle".
         momentum: Momentum of SGD.
         weight_decay: Weight decay of weights and biases, as each optimizer means it.
@@ -76,8 +76,8 @@ class ImageClassifier(L.LightningModule):
         test_views: int = 1,
     ) -> None:
         super().__init__()
-        if isinstance(optimizer, str) and optimizer not in ("sgd", "adam", "adamw"):
-            raise ValueError(f'optimizer must be "sgd", "adam", "adamw" or a function, got {optimizer!r}')
+        if isinstance(optimizer, str) and optimizer not in ("sgd", "adam", "adamw", "adagrad"):
+            raise ValueError(f'optimizer must be "sgd", "adam", "adamw", "adagrad" or a function, got {optimizer!r}')
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if num_lr_steps < 2:
@@ -199,5 +199,6 @@ class ImageClassifier(L.LightningModule):
         lr, decay = options["lr"], options["weight_decay"]
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=options["momentum"], weight_decay=decay)
-        make = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return make(groups, lr=lr, weight_decay=decay)
+        kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
+        optimizer: Optimizer = kinds[self.optimizer](groups, lr=lr, weight_decay=decay)
+        return optimizer

@@ -47,7 +47,7 @@ class SmallData:
 def test_the_groups_are_those_that_users_know():
     names = {path.name for path in TREE.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
     assert names >= {"strategy", "model", "data", "trainer", "callbacks", "logger", "experiment"}
-    assert options("strategy") == ["column_parallel", "ddp", "single"]
+    assert options("strategy") == ["column_parallel", "ddp", "downpour", "hogwild", "single"]
 
 
 @pytest.mark.parametrize("name", options("strategy"))
@@ -64,6 +64,7 @@ def test_models(tree, name):
     for key in ("num_classes", "in_channels", "image_size"):
         assert cfg.model.model[key] is None
     command.fill_from_data(cfg.model, SmallData())
+    command.choose_optimizer(cfg)
     assert cfg.model.model.num_classes == 4
     if name == "alexnet_2012":
         cfg.model.model.width = 0.05  # sixty million weights take their time to draw
