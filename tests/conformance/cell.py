@@ -25,6 +25,7 @@ import squall  # noqa: F401  (registers the strategies)
 from .table import FEATURES, STRATEGIES, Entry
 
 NUM_CLASSES = 5
+_OWN_METRICS = ("crossings/", "staleness/", "updates/", "queue/", "workers/")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Cell:
 
     entry: Entry
     path: Path
+    last: Trainer | None = None
 
     @property
     def rank(self) -> int:
@@ -142,8 +144,13 @@ class Cell:
         return self.rank * self.num_replicas // self.entry.num_ranks
 
     @property
+    def has_queue(self) -> bool:
+        """Whether samples are dealt out by a queue, which a checkpoint holds."""
+        return self.entry.strategy in ("downpour", "hogwild")
+
+    @property
     def has_columns(self) -> bool:
-        return self.entry.num_ranks > self.entry.num_replicas
+        return self.entry.strategy == "column_parallel"
 
     def trainer(self, strategy: Any = None, **options: Any) -> Trainer:
         """A quiet Trainer of this strategy, two epochs in double precision unless ``options`` say otherwise."""
@@ -161,7 +168,8 @@ class Cell:
         }
         self.scatter_seeds()
         options["callbacks"] = [CountBatches(), *options.get("callbacks", [])]
-        return Trainer(**{**defaults, **options})
+        self.last = Trainer(**{**defaults, **options})
+        return self.last
 
     def scatter_seeds(self) -> None:
         """Start every rank's generators elsewhere, as in a script without seeds; the first rank's as one device's."""
@@ -191,11 +199,17 @@ class Cell:
 
     def barrier(self) -> None:
         """Wait for all ranks, while their process group lives."""
-        if self.entry.num_ranks > 1:
+        if self.has_queue:
+            assert self.last is not None
+            self.last.strategy.barrier()
+        elif self.entry.num_ranks > 1:
             torch.distributed.barrier()
 
     def mean(self, value: Tensor) -> Tensor:
         """The average over all ranks, while their process group lives."""
+        if self.has_queue:
+            assert self.last is not None
+            return self.last.strategy.reduce(value, reduce_op="mean")
         if self.entry.num_ranks > 1:
             torch.distributed.all_reduce(value)
         return value / self.entry.num_ranks
@@ -210,6 +224,20 @@ class Cell:
         }
 
 
+def rest_of(
+    cell: Cell, resumed: Mapping[str, Any], straight: Mapping[str, Any], rtol: float = 1e-9
+) -> Mapping[str, Any]:
+    """What a run resumed in mid-epoch must be: one device begins with that epoch's first samples again; a queue knows
+    which are left, so the run ends as if it had not been interrupted."""
+    if not cell.has_queue:
+        return resumed
+    if cell.entry.exact:
+        for key, value in straight["weights"].items():
+            torch.testing.assert_close(resumed["weights"][key], value, rtol=rtol, atol=1e-2 * rtol)
+    assert resumed["steps"] == straight["steps"]
+    return {"weights": Unlike(), "metrics": Unlike(), **{key: Unlike() for key in resumed}}
+
+
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """A module's state, which must be whole and plain by now."""
     state = {}
@@ -221,7 +249,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def metrics(trainer: Trainer) -> dict[str, float]:
     """What was logged, but for what a strategy logs about itself."""
-    return {key: float(value) for key, value in trainer.callback_metrics.items() if not key.startswith("crossings/")}
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if not key.startswith(_OWN_METRICS)}
 
 
 def warned(caught: list[warnings.WarningMessage], text: str) -> bool:

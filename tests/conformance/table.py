@@ -25,12 +25,15 @@ class Entry:
         num_ranks: Processes that its cells run on.
         num_replicas: Parts into which each global batch is dealt.
         strategy: What a user passes as ``Trainer(strategy=...)``.
+        exact: Whether its ranks must have what one device has. Ranks that don't wait for each other have not: their
+            cells must end, agree on the weights, and have trained on all samples.
     """
 
     name: str
     num_ranks: int
     num_replicas: int
     strategy: str
+    exact: bool = True
 
 
 # Adding a strategy is adding a line here. The first one is what all others are compared with.
@@ -39,7 +42,11 @@ STRATEGIES = (
     Entry("ddp", 2, 2, "ddp"),
     Entry("column_parallel", 2, 1, "column_parallel"),
     Entry("column_parallel 2x2", 4, 2, "column_parallel"),
+    Entry("downpour", 1, 1, "downpour"),
+    Entry("hogwild", 1, 1, "hogwild"),
 )
+# Those whose ranks don't wait for each other.
+ASYNCHRONOUS = tuple(entry.name for entry in STRATEGIES if entry.strategy in ("downpour", "hogwild"))
 
 
 @dataclass(frozen=True)

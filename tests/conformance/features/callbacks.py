@@ -29,7 +29,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.model_summary import summarize
 
 from ..cell import Cell, Classifier, Unlike, metrics, weights
-from ..table import STRATEGIES, feature
+from ..table import ASYNCHRONOUS, STRATEGIES, feature
 
 
 @feature("ModelCheckpoint: top k and last")
@@ -85,12 +85,13 @@ def swa(cell: Cell) -> dict[str, Any]:
     return cell.fit(Classifier(), max_epochs=4, callbacks=[callback])
 
 
-@feature("WeightAveraging")
+# Its average is kept in single precision, whatever the module computes in.
+@feature("WeightAveraging", tolerance=1e-6)
 def weight_averaging(cell: Cell) -> dict[str, Any]:
     return cell.fit(Classifier(), max_epochs=2, callbacks=[WeightAveraging()])
 
 
-@feature("EMAWeightAveraging, with its checkpoint")
+@feature("EMAWeightAveraging, with its checkpoint", tolerance=1e-6)
 def ema(cell: Cell) -> dict[str, Any]:
     module = Classifier()
     trainer = cell.trainer(callbacks=[EMAWeightAveraging(decay=0.7)])
@@ -118,7 +119,11 @@ def accumulation_scheduler(cell: Cell) -> dict[str, Any]:
     return cell.fit(Classifier(), max_epochs=3, callbacks=[GradientAccumulationScheduler({1: 2, 2: 4})])
 
 
-@feature("BackboneFinetuning", wrong={"ddp": "never averages what was frozen when it wrapped the module"})
+@feature(
+    "BackboneFinetuning",
+    errors=dict.fromkeys(ASYNCHRONOUS, "BackboneFinetuning gives the optimizer more"),
+    wrong={"ddp": "never averages what was frozen when it wrapped the module"},
+)
 def finetuning(cell: Cell) -> dict[str, Any]:
     class Tuned(Classifier):
         def __init__(self) -> None:
@@ -209,7 +214,7 @@ def lr_find(cell: Cell) -> dict[str, Any]:
 
 
 _NOT_DISTRIBUTED = "(Tuning the batch size is currently|The Batch size finder is) not supported with distributed"
-_ALL_DISTRIBUTED = {entry.name: _NOT_DISTRIBUTED for entry in STRATEGIES if entry.num_ranks > 1}
+_ALL_DISTRIBUTED = {entry.name: _NOT_DISTRIBUTED for entry in STRATEGIES[1:]}
 
 
 @feature("Tuner.scale_batch_size", errors=_ALL_DISTRIBUTED)
@@ -246,7 +251,12 @@ def batch_size_finder(cell: Cell) -> dict[str, Any]:
     return {"size": module.batch_size}
 
 
-@feature("ModelPruning", tolerance=1e-4)
+# Lightning rewinds to weights of which the module's become an alias, and which one device then trains on.
+@feature(
+    "ModelPruning",
+    tolerance=1e-4,
+    wrong={"hogwild": "rewinds to the first weights each time, not to an alias that is trained on"},
+)
 def pruning(cell: Cell) -> dict[str, Any]:
     module = Classifier()
     layers = [(module.network[2], "weight"), (module.network[8], "weight")]
