@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from squall.conf.suites import shards, staleness, stragglers
 from squall.conf.suites.columns import _ratio, measure
 from squall.conf.suites.links import shaped_pair, why_not
 
 TINY = {"num_classes": 10, "image_size": 28, "in_channels": 1, "num_columns": 2, "width": 0.1}
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+def _left(*modules: str) -> list[str]:
+    """Processes below this one that should be gone."""
+    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    return [command for command in commands if any(module in command for module in modules)]
 
 
 def test_columns_suite_takes_turns() -> None:
@@ -20,8 +31,7 @@ def test_columns_suite_takes_turns() -> None:
     assert all(row["images/s"] > 0 for row in result.rows)
     assert result.rows[2]["columns are faster by"] == 1.0
     assert result.figure is not None
-    left = [p for p in psutil.Process().children(recursive=True) if "squall.conf.suites.ranks" in " ".join(p.cmdline())]
-    assert not left
+    assert not _left("squall.conf.suites.ranks")
 
 
 def test_ratio_is_of_rounds_not_of_medians() -> None:
@@ -52,3 +62,91 @@ for _ in range(100):
         names = {prefix[3] for prefix in link.prefixes}
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert not any(name in listed for name in names)
+
+
+@pytest.mark.asynchronous
+def test_stragglers_suite_compares_with_what_each_does_alone() -> None:
+    result = stragglers.measure(
+        TINY, batch_size=8, slowdown=4.0, num_oversubscribed=3, num_rounds=1, num_steps=8, downpour={}
+    )
+    assert [row["strategy"] for row in result.rows] == ["sum of each alone", "downpour", "ddp"] * 2
+    assert all(row["images/s"] > 0 for row in result.rows)
+    assert [row["share of alone"] for row in result.rows if row["strategy"] == "sum of each alone"] == [1.0, 1.0]
+    assert result.figure is not None
+    assert not _left("squall.conf.suites.stragglers", "squall.consistency.host")
+
+
+def test_speeds_add_up_over_the_time_that_all_ranks_train() -> None:
+    fast = [float(tick) for tick in range(20)]
+    slow = [4.0, 8.0, 12.0]
+    assert stragglers.steps_per_second([fast, slow]) == 1.0 + 0.25
+    # What a rank does before the others have begun, or when they have ended, is nobody's sum.
+    hurried = [0.0, 0.1, 0.2, 0.3, *(4.0 + tick for tick in range(9)), 12.1, 12.2]
+    assert stragglers.steps_per_second([hurried, slow]) == pytest.approx(1.0 + 0.25, rel=0.2)
+    with pytest.raises(RuntimeError, match="num_steps"):
+        stragglers.steps_per_second([fast, [30.0, 31.0]])
+
+
+def test_shards_suite_applies_what_it_times() -> None:
+    result = shards.measure(TINY, num_rounds=2)
+    assert [row["round trip"][:4] for row in result.rows] == ["bare", "push"]
+    assert all(0 < row["fastest"] <= row["ms"] <= row["slowest"] for row in result.rows)
+    assert len(result.extra["seconds"]) == 2
+    assert result.extra["error"] < 1e-5
+    assert not [failure for failure in result.failures if "Adagrad" in failure]
+    assert not _left("squall.conf.suites.shards", "squall.consistency.host")
+
+
+def test_shards_suite_fails_below_half_the_speed_and_off_the_weights() -> None:
+    fast = {"gloo": 1.0, "shard": 1.9, "push": 0.5, "wait": 1.4}
+    assert not shards._result(8, [fast], error=0.0).failures
+    assert len(shards._result(8, [fast | {"shard": 2.1}], error=float("nan")).failures) == 2
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+@pytest.mark.asynchronous
+def test_staleness_suite_holds_all_but_staleness_equal_and_resumes(tmp_path: Path) -> None:
+    arguments = {
+        "net": TINY | {"dropout": 0.0}, "data": {"max_shift": 0, "flip": False}, "num_samples": 160, "batch_size": 16,
+        "optimizer": {"lr": 0.05, "momentum": 0.0}, "workers": [1, 2], "rules": ["none", "inverse"], "seeds": [0],
+        "results": str(tmp_path / "cells.jsonl"),
+    }  # fmt: skip
+    result = staleness.measure(**arguments)
+    rows = {(row["workers"], row["rule"]): row for row in result.rows}
+    assert list(rows) == [(1, "DDP"), (1, "any"), (2, "DDP"), (2, "none"), (2, "inverse")]
+    assert all(row["updates"] == 10 for row in rows.values())
+    # Without staleness and random augmentation, a worker and DDP make the same net.
+    assert rows[1, "any"]["test accuracy, %"] == pytest.approx(rows[1, "DDP"]["test accuracy, %"], abs=0.05)
+    assert rows[2, "DDP"]["test accuracy, %"] == pytest.approx(rows[1, "DDP"]["test accuracy, %"], abs=0.05)
+    assert rows[1, "any"]["mean staleness"] == 0 < rows[2, "none"]["mean staleness"]
+    assert result.figure is not None
+    assert not _left("squall.conf.suites.staleness", "squall.consistency.host")
+
+    path = Path(arguments["results"])
+    written = path.read_text().splitlines()
+    assert len(written) == 5
+    path.write_text("\n".join(written[:4]) + "\n" + written[4][:30] + "\n")  # ended while it wrote
+    again = staleness.measure(**arguments)
+    assert [cell["seconds"] for cell in again.extra["cells"]][:4] == [
+        json.loads(line)["seconds"] for line in written[:4]
+    ]
+    assert len(path.read_text().splitlines()) == 6
+    assert [row["rule"] for row in again.rows] == [row["rule"] for row in result.rows]
+
+
+def test_staleness_suite_asks_for_the_best_rule_within_half_a_point() -> None:
+    def cells(best: float) -> list[dict[str, Any]]:
+        common = {"seed": 0, "workers": 4, "updates": 1, "seconds": 1.0, "mean_staleness": 3.0, "max_staleness": 5}
+        shares = {"ddp": 0.9, "none": best - 0.1, "inverse": best}
+        return [common | {"rule": rule, "accuracy": share} for rule, share in shares.items()]
+
+    settings = {"net": {}, "num_samples": 1, "batch_size": 1, "optimizer": {}}
+    assert not staleness._result(cells(0.896), settings, [0]).failures
+    assert "4 workers" in staleness._result(cells(0.894), settings, [0]).failures[0]
+
+
+def test_staleness_suite_refuses_what_cant_be_held_equal() -> None:
+    with pytest.raises(ValueError, match="evenly"):
+        staleness._check(num_samples=64, batch_size=64, workers=[3], seeds=[0])
+    with pytest.raises(ValueError, match="multiple"):
+        staleness._check(num_samples=100, batch_size=64, workers=[2], seeds=[0])

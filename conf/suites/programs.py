@@ -1,0 +1,86 @@
+"""Processes that stay, and are told what to do a line at a time, so that alternatives take turns within seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+Order = dict[str, Any]
+
+
+class Programs:
+    """Some processes of one module, each a rank of one thread.
+
+    Args:
+        module: Run with ``python -m``; its ``main`` calls :func:`serve`.
+        num_programs: How many.
+
+    """
+
+    def __init__(self, module: str, num_programs: int) -> None:
+        self._processes = []
+        for rank in range(num_programs):
+            environment = {
+                **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore",
+            }  # fmt: skip
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, str(rank)], env=environment, stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, text=True,
+                )
+            )  # fmt: skip
+
+    def ask(self, orders: Mapping[int, Order]) -> dict[int, Any]:
+        """Give some of them an order each, and wait for their answers.
+
+        Raises:
+            RuntimeError: If one of them ends instead.
+
+        """
+        for rank, order in orders.items():
+            stdin = cast(IO[str], self._processes[rank].stdin)
+            stdin.write(json.dumps(order) + "\n")
+            stdin.flush()
+        answers = {}
+        for rank, order in orders.items():
+            line = cast(IO[str], self._processes[rank].stdout).readline()
+            if not line:
+                raise RuntimeError(f"rank {rank} ended while it was asked for {order}")
+            answers[rank] = json.loads(line)
+        return answers
+
+    def stop(self) -> None:
+        """End them."""
+        for process in self._processes:
+            cast(IO[str], process.stdin).close()
+        for process in self._processes:
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            cast(IO[str], process.stdout).close()
+
+
+@contextmanager
+def programs(module: str, num_programs: int) -> Iterator[Programs]:
+    """Processes that are gone afterwards."""
+    started = Programs(module, num_programs)
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+def serve(carry_out: Callable[[Order], Any]) -> None:
+    """The life of such a process: one order after the other, until there are no more."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints must not end up among the answers
+    for line in sys.stdin:
+        answer.write(json.dumps(carry_out(json.loads(line))) + "\n")
+        answer.flush()
