@@ -79,8 +79,14 @@ class AsynchronousStrategy(LiveRanks):
                     f"{name} is an uninitialized parameter, whose shape the ranks can't agree on. Call the module on"
                     " one example before fit."
                 )
-        if self.world_size > 1:
-            self._share_leaders_state()
+        if self.world_size == 1:
+            return
+        in_time = self._share_leaders_state()
+        # Who comes late fetches the weights, and finds what is not trained on the board.
+        fixed = {name: tensor.detach() for name, tensor in self._state().items() if not tensor.requires_grad}
+        shown = self.client.share("fixed", fixed if self.is_leader else None, write=self.is_leader).get(LEADER)
+        if not in_time or self.client.generation > 0 or self.client.welcome["started"]:
+            self._take_state(shown)
 
     def _enter_as_late(self, trainer: Trainer) -> None:
         """A worker that comes while the others train begins in their epoch."""

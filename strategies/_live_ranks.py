@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -261,25 +261,32 @@ class LiveRanks(DDPStrategy):
 
     # ------------------------------------------------------------------ what all begin and end with
 
-    def _share_leaders_state(self) -> None:
+    def _state(self) -> dict[str, Tensor]:
         module = self.lightning_module
         assert module is not None
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def _share_leaders_state(self) -> bool:
+        """Let all ranks that come to this have the leader's parameters and buffers.
+
+        Returns:
+            Whether this rank has come in time.
+
+        """
+        tensors = self._state()
         digests = self._meet("digest", _digest(tensors.values()))
-        given: dict[str, Tensor] = {}
         if len(set(digests.values())) > 1:  # seeded alike, as a rule
             values = {name: tensor.detach() for name, tensor in tensors.items()} if self.is_leader else None
-            given = self._meet("state", values).get(LEADER) or {}
-        # Who comes late fetches the weights, and finds what is not trained on the board.
-        fixed = {name: tensor.detach() for name, tensor in tensors.items() if not tensor.requires_grad}
-        shown = self.client.share("fixed", fixed if self.is_leader else None, write=self.is_leader).get(LEADER)
-        late = self.global_rank not in digests or self.client.generation > 0 or self.client.welcome["started"]
-        if late:
-            given = {**given, **(shown or {})}
-        if not self.is_leader:
-            with torch.no_grad():
-                for name in given.keys() & tensors.keys():
-                    tensors[name].data.copy_(given[name])
+            self._take_state(self._meet("state", values).get(LEADER))
+        return self.global_rank in digests
+
+    def _take_state(self, given: Mapping[str, Tensor] | None) -> None:
+        if given is None or self.is_leader:
+            return
+        tensors = self._state()
+        with torch.no_grad():
+            for name in given.keys() & tensors.keys():
+                tensors[name].data.copy_(given[name])
 
     def _hang_up(self) -> None:
         client, self._client = self._client, None
