@@ -25,7 +25,8 @@ from .consistency.coordinator import LEADER
 from .consistency.hosting import find_job, get_host, open_job
 from .launching import HydraAwareLauncher
 
-_runs: dict[str, int] = {}  # how many runs of each job this process has taken part in
+# How many runs of each job this process has taken part in. A job is known by its token: ports are used again.
+_runs: dict[bytes, int] = {}
 
 
 class LiveRanks(DDPStrategy):
@@ -135,10 +136,10 @@ class LiveRanks(DDPStrategy):
             address = open_job(job, "127.0.0.1")
             run = get_host().request({"op": "run", "options": self._run_options(trainer)})
             number, self._run_name = int(run["run"]), str(run["name"])
-            _runs[job] = number
+            _runs[address.token] = number
         else:
             address = find_job(job)
-            number = _runs[job] = _runs.get(job, 0) + 1
+            number = _runs[address.token] = _runs.get(address.token, 0) + 1
         self._client = Client(address, self.global_rank, number, self._lease_timeout / 4)
         self._num_meetings.clear()
         agreed = self._meet("run", {"name": self._run_name, "seed": torch.initial_seed() % 2**31}).get(LEADER)

@@ -64,7 +64,6 @@ for _ in range(100):
     assert not any(name in listed for name in names)
 
 
-@pytest.mark.asynchronous
 def test_stragglers_suite_compares_with_what_each_does_alone() -> None:
     result = stragglers.measure(
         TINY, batch_size=8, slowdown=4.0, num_oversubscribed=3, num_rounds=1, num_steps=8, downpour={}
@@ -104,7 +103,6 @@ def test_shards_suite_fails_below_half_the_speed_and_off_the_weights() -> None:
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
-@pytest.mark.asynchronous
 def test_staleness_suite_holds_all_but_staleness_equal_and_resumes(tmp_path: Path) -> None:
     arguments = {
         "net": TINY | {"dropout": 0.0}, "data": {"max_shift": 0, "flip": False}, "num_samples": 160, "batch_size": 16,

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import squall
-from tests.ranks import run
-
-pytestmark = pytest.mark.asynchronous
+from tests.ranks import free_port, run
 
 LR = 0.125  # a power of two, like all gradients here: sums of them are exact in any order
 START = 8.0
@@ -67,6 +65,21 @@ def _constant(options: dict[str, Any]) -> dict[str, Any]:
         "steps": made.global_step,
         "report": dict(strategy.report),
     }
+
+
+def _one_port_after_the_other(ports: list[int]) -> list[int]:
+    steps = []
+    for port in ports:
+        os.environ.update(MASTER_PORT=str(port), WORLD_SIZE="2")  # Lightning takes the size away after a fit
+        steps.append(fit(Constant(), "downpour").global_step)
+    return steps
+
+
+def test_a_port_may_be_used_again_by_another_job() -> None:
+    """Whoever counts runs by their port alone waits for one that has been."""
+    one, other = free_port(), free_port()
+    for seen in run(2, _one_port_after_the_other, [one, other, one, one], lightning=True, timeout=60):
+        assert seen == [24] * 4
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

@@ -16,8 +16,6 @@ import torch
 
 from .fault_programs import Job, Nursery, poll
 
-pytestmark = pytest.mark.asynchronous
-
 Start = Callable[..., Job]
 
 
