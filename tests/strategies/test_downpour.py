@@ -96,6 +96,13 @@ def test_every_push_is_applied_once(num_ranks: int, options: dict[str, Any]) -> 
         assert torch.equal(seen["down"], torch.full((5,), START + 24 * 2 * LR))
 
 
+def test_others_begin_with_what_the_warm_start_has_made() -> None:
+    for seen in run(3, _constant, {"warm_start_steps": 20}, lightning=True):
+        counts = dict(seen["report"]["staleness"])
+        assert counts[0] >= 20
+        assert max(counts) < 24 - 20, "nobody's gradient may come from the weights that it waited with"
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_sums_of_gradients_are_pushed(num_ranks: int) -> None:
     for seen in run(num_ranks, _constant, {"push_every": 5}, lightning=True):
