@@ -4,7 +4,7 @@ Run as a program, this is one of the workers. Held equal in every cell are the n
 the samples and their order, the samples of an update, hence the number of updates, and the schedule of the learning
 rate. A worker of Downpour makes an update of ``batch_size`` images by itself, from weights that others have moved
 meanwhile; DDP's ranks make the same update together, of ``batch_size / workers`` each. What is left to differ is
-staleness.
+staleness: none while the leader makes the updates of the warm start alone, if there is one, and as it comes after that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def measure(
     data: Mapping[str, Any],
     num_samples: int,
     batch_size: int,
-    optimizer: Mapping[str, Any],
+    training: Mapping[str, Any],
+    downpour: Mapping[str, Any],
     workers: Sequence[int],
     rules: Sequence[str],
     seeds: Sequence[int],
@@ -53,9 +54,10 @@ def measure(
         data: Arguments of :class:`squall.models.FashionMNISTDataModule`.
         num_samples: Training images of a cell, repeats counted.
         batch_size: Images of an update.
-        optimizer: ``lr`` and ``momentum`` of SGD; its rate falls to 0 along a cosine.
+        training: Arguments of :class:`squall.models.ImageClassifier`: optimizer, rate and schedule, of every cell.
+        downpour: Arguments of :class:`squall.DownpourStrategy`, of every cell without DDP.
         workers: Numbers of workers.
-        rules: Of :class:`squall.DownpourStrategy`.
+        rules: Its ``staleness_rule``.
         seeds: One training each.
         results: Where a line of JSON a cell goes, as it is done, and where it is looked for.
 
@@ -66,7 +68,7 @@ def measure(
     _check(num_samples, batch_size, workers, seeds)
     settings = {
         "net": dict(net), "data": dict(data), "num_samples": num_samples, "batch_size": batch_size,
-        "optimizer": dict(optimizer),
+        "training": dict(training), "downpour": dict(downpour),
     }  # fmt: skip
     path = Path(results)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -169,11 +171,12 @@ def _result(cells: Sequence[Cell], settings: Mapping[str, Any], seeds: Sequence[
             failures.append(f"{number} workers: the best rule is {-best:.2f} points below DDP, more than {_POINTS}.")
     notes = (
         f"AlexNet {settings['net']} on Fashion-MNIST: {settings['num_samples']:,} training images a cell in updates of"
-        f" {settings['batch_size']}, SGD {settings['optimizer']} with a cosine to 0; {len(seeds)} seeds. Equal in every"
-        " cell: first weights and order of samples (by seed), images of an update and so the number of updates, and"
-        " the schedule. A worker of Downpour makes a whole update by itself; DDP's ranks make it together, so that"
-        " their number changes nothing but rounding and random augmentation. Workers share the cores of one host;"
-        " staleness is what was measured, not set. A single worker's updates are never late: all rules are one."
+        f" {settings['batch_size']}, {settings['training']}, Downpour with {settings['downpour']}; {len(seeds)} seeds."
+        " Equal in every cell: first weights and order of samples (by seed), images of an update and so the number of"
+        " updates, and the schedule. A worker of Downpour makes a whole update by itself; DDP's ranks make it together,"
+        " so that their number changes nothing but rounding and random augmentation. Workers share the cores of one"
+        " host; staleness is what was measured, not set, and its mean is of the updates after the warm start. A single"
+        " worker's updates are never late: all rules are one."
     )
     return SuiteResult("Accuracy against staleness", rows, notes, _plot(rows), {"cells": list(cells)}, failures)
 
@@ -240,7 +243,9 @@ class _Worker:
         )  # fmt: skip
         module = _module(order)
         torch.manual_seed(1000 * (order["seed"] + 1) + self._rank)  # of random shifts and flips
-        strategy: Any = DDPStrategy() if rule == _DDP else squall.DownpourStrategy(staleness_rule=rule)
+        strategy: Any = DDPStrategy()
+        if rule != _DDP:
+            strategy = squall.DownpourStrategy(staleness_rule=rule, **order["downpour"])
         begin = time.perf_counter()
         Trainer(
             strategy=strategy, accelerator="cpu", devices=number, max_epochs=1, logger=False,
@@ -258,7 +263,9 @@ class _Worker:
         else:
             report, staleness = strategy.report, strategy.staleness
             cell |= {"updates": report["version"], "samples": report["num_samples"]}
-            cell |= {"mean_staleness": staleness.mean, "max_staleness": staleness.maximum, "lost": report["num_lost"]}
+            late = staleness.total - min(strategy.warm_start_steps, staleness.total - 1)  # that could have been
+            cell |= {"mean_staleness": staleness.mean * staleness.total / late, "max_staleness": staleness.maximum}
+            cell["lost"] = report["num_lost"]
             cell["staleness"] = sorted(staleness.counts.items())
         return cell | {"accuracy": _accuracy(module, self._data.test_set)}
 
@@ -285,7 +292,7 @@ def _module(order: Order) -> Any:
     from squall.models import AlexNet, ImageClassifier
 
     torch.manual_seed(order["seed"])
-    return ImageClassifier(AlexNet(**order["net"]), weight_decay=0.0, schedule="cosine", **order["optimizer"])
+    return ImageClassifier(AlexNet(**order["net"]), **order["training"])
 
 
 def _accuracy(module: Any, test_set: Any) -> float:

@@ -106,7 +106,8 @@ def test_shards_suite_fails_below_half_the_speed_and_off_the_weights() -> None:
 def test_staleness_suite_holds_all_but_staleness_equal_and_resumes(tmp_path: Path) -> None:
     arguments = {
         "net": TINY | {"dropout": 0.0}, "data": {"max_shift": 0, "flip": False}, "num_samples": 160, "batch_size": 16,
-        "optimizer": {"lr": 0.05, "momentum": 0.0}, "workers": [1, 2], "rules": ["none", "inverse"], "seeds": [0],
+        "training": {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.0, "schedule": "cosine"},
+        "downpour": {"warm_start_steps": 4}, "workers": [1, 2], "rules": ["none", "inverse"], "seeds": [0],
         "results": str(tmp_path / "cells.jsonl"),
     }  # fmt: skip
     result = staleness.measure(**arguments)
@@ -138,7 +139,7 @@ def test_staleness_suite_asks_for_the_best_rule_within_half_a_point() -> None:
         shares = {"ddp": 0.9, "none": best - 0.1, "inverse": best}
         return [common | {"rule": rule, "accuracy": share} for rule, share in shares.items()]
 
-    settings = {"net": {}, "num_samples": 1, "batch_size": 1, "optimizer": {}}
+    settings = {"net": {}, "num_samples": 1, "batch_size": 1, "training": {}, "downpour": {}}
     assert not staleness._result(cells(0.896), settings, [0]).failures
     assert "4 workers" in staleness._result(cells(0.894), settings, [0]).failures[0]
 
