@@ -201,12 +201,12 @@ def _plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
             capsize=2, linewidth=1.4, elinewidth=0.8, label=name.replace("_", " "),
         )  # fmt: skip
         if index == 0:
-            top = max(row["test accuracy, %"] + (row["std"] or 0.0) for row in rows)
             for place, row in zip(places, points, strict=True):
                 label = f"{row['workers']} worker{'s' if row['workers'] > 1 else ''}"
                 axes.annotate(
-                    label, (place, top), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=GREY
-                )
+                    label, (place, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(0, 4),
+                    textcoords="offset points", ha="center", fontsize=8, color=GREY,
+                )  # fmt: skip
     axes.margins(x=0.1)  # for the labels of the first and the last
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
     axes.legend(frameon=False, fontsize=8, loc="best")
