@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -132,6 +133,9 @@ class MeshStrategy(DDPStrategy):
 
     def setup_environment(self) -> None:
         """Join the process group and lay the mesh over it."""
+        # Process groups of an earlier run may hang in a cycle of dead objects. A data worker that is forked with it and
+        # collects it there joins threads that it has not got, and dies of it.
+        gc.collect()
         super().setup_environment()
         if self.device_mesh is None:
             self.device_mesh = init_device_mesh(

@@ -102,7 +102,7 @@ def all_gather(cell: Cell) -> dict[str, Any]:
 
 @feature("shuffle=True: every sample once an epoch")
 def shuffled(cell: Cell) -> dict[str, Any]:
-    class Seeing(Classifier):
+    class Counting(Classifier):
         def on_train_epoch_start(self) -> None:
             self.seen: list[Tensor] = []
 
@@ -119,7 +119,7 @@ def shuffled(cell: Cell) -> dict[str, Any]:
                 gathered = gathered[::columns]
             self.sums = gathered.flatten().sort().values
 
-    module = Seeing()
+    module = Counting()
     trainer = cell.trainer()
     trainer.fit(module, cell.loader(16, shuffle=True))
     if not cell.entry.exact:
@@ -185,16 +185,19 @@ class Augmented(Dataset):  # type: ignore[type-arg]
         return x + 0.1 * torch.randn(x.shape), y
 
 
+class Seeing(Classifier):
+    """Remembers a number of each batch."""
+
+    def on_train_start(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(batch[0].sum())
+        return self.loss(batch)
+
+
 @feature("random augmentation, in workers and without: columns see equal batches")
 def augmentation(cell: Cell) -> dict[str, Any]:
-    class Seeing(Classifier):
-        def on_train_start(self) -> None:
-            self.seen: list[Tensor] = []
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.seen.append(batch[0].sum())
-            return self.loss(batch)
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for num_workers, seeded in ((0, False), (2, False), (2, True)):
@@ -236,14 +239,6 @@ class Unseeded(Dataset):  # type: ignore[type-arg]
 
 @feature("data that seeds don't govern: sent, with a warning")
 def unseeded(cell: Cell) -> dict[str, Any]:
-    class Seeing(Classifier):
-        def on_train_start(self) -> None:
-            self.seen: list[Tensor] = []
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.seen.append(batch[0].sum())
-            return self.loss(batch)
-
     module = Seeing()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
