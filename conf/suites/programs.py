@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
+from squall.conf.suites.links import Link, loopback
+
 Order = dict[str, Any]
 
 
@@ -18,19 +20,17 @@ class Programs:
 
     Args:
         module: Run with ``python -m``; its ``main`` calls :func:`serve`.
-        num_programs: How many.
+        link: How they reach each other, a rank each.
 
     """
 
-    def __init__(self, module: str, num_programs: int) -> None:
+    def __init__(self, module: str, link: Link) -> None:
         self._processes = []
-        for rank in range(num_programs):
-            environment = {
-                **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore",
-            }  # fmt: skip
+        for rank, (prefix, extra) in enumerate(zip(link.prefixes, link.environment, strict=True)):
+            environment = {**os.environ, **extra, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", module, str(rank)], env=environment, stdin=subprocess.PIPE,
+                    [*prefix, sys.executable, "-m", module, str(rank)], env=environment, stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE, text=True,
                 )
             )  # fmt: skip
@@ -68,9 +68,15 @@ class Programs:
 
 
 @contextmanager
-def programs(module: str, num_programs: int) -> Iterator[Programs]:
-    """Processes that are gone afterwards."""
-    started = Programs(module, num_programs)
+def programs(module: str, link: int | Link) -> Iterator[Programs]:
+    """Processes that are gone afterwards.
+
+    Args:
+        module: As of :class:`Programs`.
+        link: How they reach each other; so many on this host, if it is a number.
+
+    """
+    started = Programs(module, loopback(link) if isinstance(link, int) else link)
     try:
         yield started
     finally:

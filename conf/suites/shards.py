@@ -163,7 +163,7 @@ def _replica(optimizer: Any) -> Replica:
     """One worker and one shard, as :class:`squall.DownpourStrategy` starts them."""
     from squall.consistency import snapshot
     from squall.consistency.client import Client
-    from squall.consistency.hosting import get_host, open_job
+    from squall.consistency.hosting import Job, get_host, open_job
     from squall.consistency.memory import Segment
     from squall.consistency.optimizers import carry, carry_groups, try_state
     from squall.consistency.plan import ParameterInfo, make_plan
@@ -177,8 +177,7 @@ def _replica(optimizer: Any) -> Replica:
     state = tuple(try_state(optimizer, group, (5,), parameters[0].dtype))
     infos = [ParameterInfo(tuple(p.shape), p.dtype, 0, 0, state) for p in parameters]
     plan = make_plan(infos, [True], 1, lambda num_elements, dtype: num_elements * dtype.itemsize)
-    job = f"suite-shards-{time.time_ns()}"
-    address, host = open_job(job, "127.0.0.1"), get_host()
+    address, host = open_job(Job(main_port=f"suite-shards-{time.time_ns()}")), get_host()
     run = host.request({"op": "run", "options": {"world_size": 1}})
     client = Client(address, 0, int(run["run"]), heartbeat=5.0)
     names = host.request({"op": "memory", "num_bytes": [slice_.num_bytes for slice_ in plan.slices]})["names"]
