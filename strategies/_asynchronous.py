@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from ._leases import LeasedBatches, LeaseFetcher, can_be_leased, lease, leased_b
 from ._live_ranks import LiveRanks
 from .consistency.client import LeaderLostError
 from .consistency.coordinator import LEADER
+from .consistency.hosting import tidy
 from .consistency.optimizers import adopt, hyperparameters
 from .consistency.queue import Ticket
 
@@ -255,8 +257,9 @@ class AsynchronousStrategy(LiveRanks):
     def _with_own_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         return checkpoint
 
+    @abstractmethod
     def _known_version(self) -> int:
-        raise NotImplementedError
+        """The latest version that this worker has heard of."""
 
     # ------------------------------------------------------------------ the loop
 
@@ -355,6 +358,7 @@ class AsynchronousStrategy(LiveRanks):
         """Leave the run, or what validates and tests."""
         self._fitting = False
         self._leave_run()
+        tidy()
         super().teardown()
 
     # ------------------------------------------------------------------ optimizers

@@ -5,28 +5,29 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import ReduceOp
 from lightning.pytorch import Trainer
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from .consistency.client import Client, LeaderLostError, RevokedError
+from .consistency.client import Client, LeaderLostError, RevokedError, RunFailedError
 from .consistency.coordinator import LEADER
-from .consistency.hosting import find_job, get_host, open_job
+from .consistency.hosting import Job, enlist, find_job, get_host, open_job, tidy
+from .consistency.mailbox import HostLostError
 from .launching import HydraAwareLauncher
 
-# How many runs of each job this process has taken part in. A job is known by its token: ports are used again.
-_runs: dict[bytes, int] = {}
+# How many runs of each job this process has taken part in. A job is not known by its port: ports are used again.
+_runs: dict[str, int] = {}
+_PATIENCE = 120.0  # seconds in which a job of several hosts must be found
 
 
 class LiveRanks(DDPStrategy):
@@ -42,36 +43,18 @@ class LiveRanks(DDPStrategy):
 
     Args:
         lease_timeout: Seconds without a sign of life after which a worker counts as lost.
-        accelerator: Passed on to Lightning, like all that follow.
-        parallel_devices: The devices of this host.
-        cluster_environment: Who starts the processes.
-        checkpoint_io: How files are written.
-        precision_plugin: Numerical precision.
+        **options: Passed on to Lightning.
 
     """
 
-    def __init__(
-        self,
-        lease_timeout: float,
-        *,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-    ) -> None:
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-        )
+    def __init__(self, lease_timeout: float, **options: Any) -> None:
+        super().__init__(**options)
         if not lease_timeout > 0:
             raise MisconfigurationException(f"lease_timeout={lease_timeout!r} must be a number of seconds above 0.")
         self._lease_timeout = lease_timeout
         self._client: Client | None = None
         self._run_name = ""
+        self._has_shards = False  # whether this rank looks after its host's
         self._fitting = False
         self._nobody_waits = False  # inside the loop, and in what callbacks do right after it
         self._num_meetings: dict[str, int] = {}
@@ -115,10 +98,6 @@ class LiveRanks(DDPStrategy):
         self._hang_up()
         if dist.is_initialized():  # of an earlier test(); training would broadcast through it
             dist.destroy_process_group()
-        if self.num_nodes > 1:
-            raise MisconfigurationException(
-                f"num_nodes={self.num_nodes}: {type(self).__name__} runs on one host so far. Set num_nodes=1."
-            )
         self.set_world_ranks()
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
@@ -131,21 +110,38 @@ class LiveRanks(DDPStrategy):
     def _connect(self, trainer: Trainer) -> None:
         environment = self.cluster_environment
         assert environment is not None
-        job = f"{environment.main_port}"
-        if self.local_rank == 0:
-            address = open_job(job, "127.0.0.1")
-            run = get_host().request({"op": "run", "options": self._run_options(trainer)})
+        job = Job(environment.main_address, environment.main_port, self.num_nodes)
+        if self.is_leader:
+            address = open_job(job)
+            options = self._run_options(trainer)
+            run = get_host().request({"op": "run", "options": options, "num_nodes": self.num_nodes})
             number, self._run_name = int(run["run"]), str(run["name"])
-            _runs[address.token] = number
+            _runs[address.opening] = number
+            self._has_shards = True
+            self._client = Client(address, LEADER, number, self._lease_timeout / 4)
         else:
-            address = find_job(job)
-            number = _runs[address.token] = _runs.get(address.token, 0) + 1
-        self._client = Client(address, self.global_rank, number, self._lease_timeout / 4)
+            self._client = self._come_to(job)
         self._num_meetings.clear()
         agreed = self._meet("run", {"name": self._run_name, "seed": torch.initial_seed() % 2**31}).get(LEADER)
         if agreed is None:
             raise LeaderLostError("Rank 0 was lost before training began.")
         self._run_name, self._seed = agreed["name"], agreed["seed"]
+
+    def _come_to(self, job: Job) -> Client:
+        """Find the coordinator; again, if what was found was another job's, which is over."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            address = find_job(job)
+            number = _runs[address.opening] = _runs.get(address.opening, 0) + 1
+            try:
+                self._has_shards = job.num_nodes > 1 and self.local_rank == 0
+                if self._has_shards:
+                    self._has_shards = enlist(address, self.node_rank, number)
+                return Client(address, self.global_rank, number, self._lease_timeout / 4)
+            except (RunFailedError, OSError, MisconfigurationException):
+                if job.num_nodes == 1 or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
     def _run_options(self, trainer: Trainer) -> dict[str, Any]:
         return {
@@ -181,11 +177,19 @@ class LiveRanks(DDPStrategy):
         while True:
             try:
                 return action()
+            except HostLostError:
+                self._rejoin(greets=False)
             except RevokedError:
                 self._rejoin()
 
-    def _rejoin(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _rejoin(self, greets: bool = True) -> None:
+        """Enter the run again.
+
+        Args:
+            greets: As a new generation: this one was given up.
+
+        """
 
     def _call(self, header: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytearray]:
         """Ask the coordinator for something that can be asked for again."""
@@ -293,6 +297,7 @@ class LiveRanks(DDPStrategy):
         client, self._client = self._client, None
         if client is not None:
             client.close()
+        tidy()
 
 
 def _reduced(stacked: Tensor, operation: str) -> Tensor:

@@ -8,14 +8,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
-from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -26,10 +23,11 @@ from ._asynchronous import AsynchronousStrategy, callbacks_of
 from .consistency import snapshot as snapshots
 from .consistency.buffers import BufferAverage
 from .consistency.client import RevokedError
+from .consistency.mailbox import HostLostError
 from .consistency.optimizers import Hyperparameters, adopt, hyperparameters
 from .consistency.staleness import StalenessStatistics
 
-_KEY = "squall_asynchronous"
+OWN_STATE = "squall_asynchronous"  # the key of what a checkpoint has besides stock Lightning's
 
 
 class UpdatingStrategy(AsynchronousStrategy):
@@ -39,11 +37,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         warm_start_steps: Updates that the leader makes alone before the others begin.
         lease_timeout: Seconds without a sign of life after which a worker counts as lost.
         join_timeout: Seconds that the first workers wait for the others, before they begin without them.
-        accelerator: Passed on to Lightning, like all that follow.
-        parallel_devices: The devices of this host.
-        cluster_environment: Who starts the processes.
-        checkpoint_io: How files are written.
-        precision_plugin: Numerical precision.
+        **options: Passed on to Lightning.
 
     """
 
@@ -52,21 +46,9 @@ class UpdatingStrategy(AsynchronousStrategy):
         warm_start_steps: int,
         lease_timeout: float,
         join_timeout: float,
-        *,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            lease_timeout,
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-        )
+        super().__init__(lease_timeout, **options)
         check_whole("warm_start_steps", warm_start_steps, 0)
         self.warm_start_steps = warm_start_steps
         self._join_timeout = join_timeout
@@ -185,7 +167,7 @@ class UpdatingStrategy(AsynchronousStrategy):
                 " order. Build them alike on every rank."
             )
         self._buffers = BufferAverage(self.lightning_module)
-        if self.is_leader:
+        if self._has_shards and not self.client.welcome["started"]:
             self._lay_out()
         self._join()
         for optimizer in self.optimizers:
@@ -247,13 +229,16 @@ class UpdatingStrategy(AsynchronousStrategy):
         """Do what may find this worker given up; it then joins again, and what it was about to push is lost."""
         try:
             action()
+        except HostLostError:
+            self._rejoin(greets=False)
         except RevokedError:
             self._rejoin()
 
-    def _rejoin(self) -> None:
+    def _rejoin(self, greets: bool = True) -> None:
         # Batches in hand keep their tickets, which are worth nothing now: so their gradients will be refused.
-        self.client.greet()
         try:
+            if greets:
+                self.client.greet()
             self._join()
         except RevokedError:
             self._rejoin()
@@ -302,6 +287,7 @@ class UpdatingStrategy(AsynchronousStrategy):
             "staleness/max": float(staleness.maximum),
             "updates/applied": float(report["version"]),
             "updates/lost": float(report["num_lost"]),
+            "updates/rolled_back": float(report["num_rolled_back"]),
             "queue/samples": float(report["num_samples"]),
             "queue/reissued": float(report["num_reissued"]),
             "workers/live": float(report["num_live"]),
@@ -369,13 +355,13 @@ class UpdatingStrategy(AsynchronousStrategy):
     def _with_own_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         if self._in_loop and self._snapshot is not None:
             queue = self._snapshot.report["queue"]
-            checkpoint[_KEY] = {"version": self._snapshot.version, "queue": queue}
+            checkpoint[OWN_STATE] = {"version": self._snapshot.version, "queue": queue}
         return checkpoint
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file of any strategy."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        self._resumed = dict(checkpoint.get(_KEY) or {})
+        self._resumed = dict(checkpoint.get(OWN_STATE) or {})
         return checkpoint
 
     # ------------------------------------------------------------------ out of the loop

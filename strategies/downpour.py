@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,19 +18,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._asynchronous import parameters_of
-from ._updating import UpdatingStrategy, check_whole
+from ._updating import OWN_STATE, UpdatingStrategy, check_whole
 from .consistency import snapshot as snapshots
 from .consistency.hosting import get_host
+from .consistency.mailbox import HostLostError
 from .consistency.memory import Segment
 from .consistency.optimizers import carry, carry_groups, try_state
+from .consistency.packing import Sums
 from .consistency.plan import ParameterInfo, Plan, StateEntry, make_plan
-from .consistency.replica import Replica
+from .consistency.replica import PushLostError, Replica
 from .consistency.shard import ShardSpec
 from .consistency.staleness import MEAN_SQUARE, StalenessRule
 from .consistency.updates import SliceMemory
 from .placement.optimizers import is_elementwise
 
-_KEY = "squall_downpour"
 _ELEMENTS_PER_SHARD = 1 << 23
 
 
@@ -51,18 +53,20 @@ class DownpourStrategy(UpdatingStrategy):
     Args:
         push_every: Steps whose gradients are summed before they are pushed (``n_push``).
         fetch_every: Steps between fetches (``n_fetch``). In between a worker steps by itself, ``w -= lr g``.
-        num_shards: Number of shards, or ``"auto"``: one per 8 M parameters, up to half the cores.
+        num_shards: Number of shards on each host, or ``"auto"``: one per 8 M parameters, up to half the cores; one on
+            each of several hosts.
         max_staleness: How many steps a worker may be ahead of the slowest live one (stale-synchronous, Ho 2013);
             ``None`` for any number. At a fetch every push, an update misses at most
             ``2 (max_staleness + 1) (workers - 1)`` others.
         staleness_rule: ``"none"``; ``"inverse"`` divides the learning rate by the staleness (Zhang 2016);
             ``"delay_compensated"`` corrects the gradient to the weights that it meets (Zheng 2017).
-        codec: How pushes are coded: ``"fp32"`` (as they are), ``"bf16"``, ``"int8"``, ``"1bit"``, ``"topk"``.
+        codec: How pushes are coded: ``"fp32"`` (as they are), ``"bf16"``, ``"int8"``, ``"1bit"``, ``"topk"``; and how
+            changes of weights are, for workers of other hosts than the shards'.
         warm_start_steps: Updates that the leader makes alone before the others begin.
         num_columns: Reserved for replicas in columns; only 1 is accepted.
         sparsity: Reserved for sparse weights; only ``None`` is accepted.
-        overlap: Compute the next gradient while the last one is applied: nobody waits for a shard, and every
-            gradient is one update staler.
+        overlap: Compute the next gradient while the last one is carried and applied: nobody waits for a shard or a
+            wire, and every gradient is an update staler.
         lease_timeout: Seconds without a sign of life after which a worker counts as lost. Workers give such signs
             while they compute.
         join_timeout: Seconds that the first workers wait for the others, before they begin without them.
@@ -77,9 +81,15 @@ class DownpourStrategy(UpdatingStrategy):
         MisconfigurationException: Before the first batch, if an argument, or an optimizer that needs a closure,
             makes no sense here.
 
+    On several hosts (``num_nodes``) each has an equal part of the shards. Rank 0's coordinates, and keeps what it last
+    saw of the others' shards, at validation or a checkpoint; should a host be lost, its shards go on there from that.
+    The hosts find each other by the environment variable ``SQUALL_SECRET``, the same random text on each, or by a file
+    in ``~/.squall`` if they share the user's home. Between hosts, pushes and changes of weights go as codes.
+
     Metrics: ``staleness/mean`` and ``staleness/max`` over all updates so far (and a histogram in TensorBoard),
     ``queue/samples`` trained on, ``queue/reissued`` batches dealt out again, ``updates/applied``, ``updates/lost``,
-    ``workers/live``.
+    ``updates/rolled_back`` by shards of a lost host, ``workers/live``; and in bytes a step, of rank 0:
+    ``bytes/pushed``, ``bytes/fetched`` and ``bytes/wire``, which other hosts were sent or have sent.
 
     Example:
         >>> import squall
@@ -144,8 +154,7 @@ class DownpourStrategy(UpdatingStrategy):
         self._schedule = schedule
         self._replica: Replica | None = None
         self._plan: Plan | None = None
-        self._shard_names: list[str] = []
-        self._accrued: list[Tensor | None] = []
+        self._accrued = Sums(0)
 
     def _run_options(self, trainer: Trainer) -> dict[str, Any]:
         return {
@@ -190,21 +199,28 @@ class DownpourStrategy(UpdatingStrategy):
                 tried[key] = tuple(entries)
             infos.append(ParameterInfo(tuple(parameter.shape), parameter.dtype, index, group, tried[key]))
         num_elements = sum(info.num_elements for info in infos)
-        num_shards = max(1, min((os.cpu_count() or 1) // 2, -(-num_elements // _ELEMENTS_PER_SHARD)))
+        here = -(-num_elements // self.num_nodes)
+        num_shards = max(1, min((os.cpu_count() or 1) // 2, -(-here // _ELEMENTS_PER_SHARD)))
+        if self.num_nodes > 1:  # whose numbers of cores may differ
+            num_shards = 1
         if isinstance(self.num_shards, int):
             num_shards = self.num_shards
-        return make_plan(infos, elementwise, num_shards, _code_size(self.codec))
+        return make_plan(infos, elementwise, num_shards, _code_size(self.codec), self.num_nodes)
 
     def _digest_of_layout(self) -> str:
         assert self._plan is not None
         return self._plan.digest
 
     def _lay_out(self) -> None:
-        """Hand the weights to the shards."""
+        """Hand the weights to the shards of this host; the leader keeps those of the others, should one be lost."""
         assert self._plan is not None
         host = get_host()
-        names = host.request({"op": "memory", "num_bytes": [slice_.num_bytes for slice_ in self._plan.slices]})["names"]
-        memories = [SliceMemory(Segment(name), slice_) for name, slice_ in zip(names, self._plan.slices, strict=True)]
+        mine = self._plan.group(self.node_rank)
+        slices = self._plan.slices if self.is_leader else self._plan.slices[mine.start : mine.stop]
+        sizes = [slice_.num_bytes for slice_ in slices]
+        first = 0 if self.is_leader else mine.start
+        names = host.request({"op": "memory", "num_bytes": sizes, "first": first, "num_served": len(mine)})["names"]
+        memories = [SliceMemory(Segment(name), slice_) for name, slice_ in zip(names, slices, strict=True)]
         snapshots.fill(memories, self._parameters, self.optimizers)
         spec = ShardSpec(
             self._plan,
@@ -220,12 +236,14 @@ class DownpourStrategy(UpdatingStrategy):
         if self._replica is None:
             assert self._plan is not None
             self._replica = Replica(
-                self.client, self._plan, self._parameters, self._run_name, 3 if self.rule.compensates else 2, self.codec
-            )
-            self._shard_names = [f"{self._run_name}-s{index}" for index in range(len(self._plan.slices))]
-            self._accrued = [None] * len(self._parameters)
+                self.client, self._plan, self._parameters, self._run_name, 3 if self.rule.compensates else 2,
+                self.codec, self.node_rank, 8 * self._lease_timeout,
+            )  # fmt: skip
+            self._accrued = Sums(len(self._parameters))
             for optimizer in self.optimizers:
                 optimizer.state.clear()  # it is with the shards
+            if self.is_leader and self._resumed.get("owed"):
+                self._replica.owe([row.to(torch.float32) for row in self._resumed["owed"]])
         self._replica.join()
         self._version = max(self._version, self._replica.version)
 
@@ -240,9 +258,12 @@ class DownpourStrategy(UpdatingStrategy):
             self._rejoining(lambda: self.client.call({"op": "gate"}))
         if self.overlap:
             self._rejoining(lambda: self.replica.land(keep=1))
+            self._collect(wait=False)
 
     def _keep_edits(self, first: bool) -> bool:
         reference = None if self._snapshot is None else self._snapshot.weights
+        if reference is not None:
+            self._collect(wait=True)
         return self.replica.write_if_edited(reference, look=first or reference is not None)
 
     def _step(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
@@ -256,10 +277,9 @@ class DownpourStrategy(UpdatingStrategy):
         push = self._num_steps % self.push_every == 0 or last
         fetch = self._num_steps % self.fetch_every == 0 or last
         if self.push_every > 1:
-            self._accrue(gradients)
+            self._accrued.add(gradients)
         if push:
-            self._push(self._accrued if self.push_every > 1 else gradients, fetch)
-            self._accrued = [None] * len(self._parameters)
+            self._push(self._accrued.take() if self.push_every > 1 else gradients, fetch)
         elif fetch:
             self._rejoining(self.replica.fetch)
         if not fetch:
@@ -272,18 +292,32 @@ class DownpourStrategy(UpdatingStrategy):
         mine = {p for group in optimizer.param_groups for p in group["params"]} if len(self.optimizers) > 1 else None
         return [p.grad if mine is None or p in mine else None for p in self._parameters]
 
-    @torch.no_grad()
-    def _accrue(self, gradients: Sequence[Tensor | None]) -> None:
-        for index, gradient in enumerate(gradients):
-            if gradient is not None:
-                known = self._accrued[index]
-                self._accrued[index] = gradient.clone() if known is None else known.add_(gradient)
-
     def _rates(self) -> list[float]:
         infos = self._plan.parameters if self._plan is not None else ()
         return [float(self.optimizers[info.optimizer].param_groups[info.group].get("lr", 0.0)) for info in infos]
 
+    def _collect(self, wait: bool) -> None:
+        """Take what has come back of a push that was carried to other hosts meanwhile."""
+        lost: list[PushLostError] = []
+
+        def collect() -> None:
+            try:
+                result = self.replica.collect(wait)
+            except PushLostError as error:
+                lost.append(error)
+                raise
+            if result is not None:
+                self._version = max(self._version, result.version)
+                if not result.applied:
+                    self.replica.fetch()
+
+        self._rejoining(collect)
+        for error in lost:
+            self._call({"op": "return", "tickets": error.tickets, "lost": True})
+
     def _push(self, gradients: Sequence[Tensor | None], fetch: bool) -> None:
+        if self.overlap:
+            self._collect(wait=True)
         hyper = self._changed_hyperparameters()
         assert self._buffers is not None
         buffers = self._buffers.pack()
@@ -291,7 +325,14 @@ class DownpourStrategy(UpdatingStrategy):
         self._tickets.clear()
 
         def push() -> None:
-            result = self.replica.push(gradients, tickets, fetch, hyper, buffers)
+            if self.overlap and fetch and self.replica.is_far:
+                self.replica.push_later(gradients, tickets, hyper, buffers)
+                return
+            try:
+                result = self.replica.push(gradients, tickets, fetch, hyper, buffers)
+            except HostLostError:  # before it was applied
+                self.replica.join()
+                result = self.replica.push(gradients, tickets, fetch, hyper, buffers)
             self._version = result.version
             if fetch and not self.overlap:
                 self.replica.land()
@@ -301,36 +342,82 @@ class DownpourStrategy(UpdatingStrategy):
         self._rejoining(push)
         self._version = max(self._version, self.replica.version)
 
+    def _metrics(self) -> dict[str, float]:
+        metrics = super()._metrics()
+        if self._replica is not None and self._num_steps:
+            replica = self._replica
+            counts = {"bytes/pushed": replica.num_bytes_pushed, "bytes/fetched": replica.num_bytes_fetched}
+            counts["bytes/wire"] = sum(replica.num_bytes_carried)
+            metrics |= {name: count / self._num_steps for name, count in counts.items()}
+        return metrics
+
     # ------------------------------------------------------------------ one consistent snapshot
 
     def _read_snapshot(self, with_state: bool) -> snapshots.Snapshot:
         """Read one version of all weights."""
         assert self._plan is not None
-        self.replica.settle()
-        shot = snapshots.take(self.client, self._plan, self._shard_names, with_state)
+        self._collect(wait=True)
+        while True:
+            try:
+                self.replica.settle()
+                shot = snapshots.take(self.client, self._plan, self._attach, with_state)
+                break
+            except HostLostError:
+                self.replica.join()
+        if with_state:
+            shot = replace(shot, owed=self.replica.owed())
+        if with_state and self.is_leader and self.num_nodes > 1:
+            get_host().request({"op": "kept", "version": shot.version})
         with torch.no_grad():
             for parameter, weight in zip(self._parameters, shot.weights, strict=True):
                 parameter.data.copy_(weight)
         self.replica.base = shot.version
         return shot
 
+    def _attach(self, shard: int, with_state: bool) -> SliceMemory:
+        """A shard's memory, or a copy of it if it is on another host."""
+        assert self._plan is not None
+        slice_ = self._plan.slices[shard]
+        mailbox = self.replica.remote(shard)
+        if mailbox is None:
+            group = next(g for g in range(self._plan.num_groups) if shard in self._plan.group(g))
+            return SliceMemory(Segment(f"{self.replica.prefix(group)}-s{shard}"), slice_)
+        ranges = snapshots.ranges_of(slice_, with_state)
+        data = mailbox.read(shard, ranges)
+        if with_state and self.is_leader:
+            kept = snapshots.Copied.of(Segment(f"{self._run_name}-s{shard}"), slice_.num_bytes)
+            kept.fill(ranges, data)
+            return SliceMemory(kept, slice_)
+        copied = snapshots.Copied(slice_.num_bytes)
+        copied.fill(ranges, data)
+        return SliceMemory(copied, slice_)
+
     def _leave_snapshot(self) -> None:
         self.replica.fetch()
+
+    def _with_own_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        checkpoint = super()._with_own_state(checkpoint)
+        if self._in_loop and self._snapshot is not None and self._snapshot.owed:
+            checkpoint[OWN_STATE]["owed"] = list(self._snapshot.owed)
+        return checkpoint
 
     # ------------------------------------------------------------------ out of the loop
 
     def _hand_in_the_rest(self) -> None:
-        if any(gradient is not None for gradient in self._accrued):
-            self._push(self._accrued, fetch=False)
-            self._accrued = [None] * len(self._parameters)
+        accrued = self._accrued.take()
+        if any(gradient is not None for gradient in accrued):
+            self._push(accrued, fetch=False)
         super()._hand_in_the_rest()
 
     def _leave(self, stop: bool) -> int | None:
+        self._collect(wait=True)
         return self.replica.leave(stop)
 
     def _leave_run(self) -> None:
+        if self._replica is not None:
+            self._replica.close()
         self._replica = self._plan = None
-        self._accrued = []
+        self._accrued = Sums(0)
         super()._leave_run()
 
 

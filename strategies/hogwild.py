@@ -191,7 +191,7 @@ class HogwildStrategy(UpdatingStrategy):
     def _lay_out(self) -> None:
         assert self._layout is not None
         host = get_host()
-        (name,) = host.request({"op": "memory", "num_bytes": [self._layout.num_bytes], "shards": False})["names"]
+        (name,) = host.request({"op": "memory", "num_bytes": [self._layout.num_bytes], "num_served": 0})["names"]
         shared = SharedParameters(Segment(name), self._layout)
         for index, info in enumerate(self._layout.parameters):
             parameter = self._parameters[index]

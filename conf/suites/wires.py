@@ -28,6 +28,7 @@ Alternative = Mapping[str, Any]
 Turn = dict[str, float]  # images/s, and MB of a step over the wire
 
 _BEST = "downpour int8"
+_UNTIMED = 2  # steps at the beginning: PowerSGD's are not its own yet
 
 
 def measure(
@@ -45,7 +46,8 @@ def measure(
         net: Arguments of :class:`squall.models.AlexNet`.
         rate: Of the wire, as ``tc`` writes it.
         batch_sizes: Images of a rank's step.
-        alternatives: By name: ``strategy`` ("alone", "ddp", "downpour"), and ``hook`` or ``options`` of it.
+        alternatives: By name: ``strategy`` ("alone", "ddp", "downpour"), ``hook`` or ``options`` of it, and
+            ``num_steps`` of each rank if they differ from the others'.
         claims: For an alternative's name and images of a step: how many times as fast Downpour with int8 has to be.
         num_rounds: How often the alternatives take turns.
         num_steps: Steps of each rank, a turn.
@@ -68,13 +70,13 @@ def measure(
                 "net": dict(net), "batch_size": size, "num_steps": num_steps, "port": port, "link": link.main_address,
                 **alternatives[name],
             }  # fmt: skip
-            turns[size][name].append(_turn(ranks.ask({0: order, 1: order}), size, num_steps))
-    return _result(turns, net, rate, claims, num_rounds, num_steps)
+            turns[size][name].append(_turn(ranks.ask({0: order, 1: order}), size))
+    return _result(turns, net, rate, claims, num_rounds)
 
 
-def _turn(answers: Mapping[int, Any], batch_size: int, num_steps: int) -> Turn:
-    speed = batch_size * steps_per_second([answer["ticks"] for answer in answers.values()])
-    sent = statistics.mean(answer["sent"] / max(len(answer["ticks"]), 1) for answer in answers.values())
+def _turn(answers: Mapping[int, Any], batch_size: int) -> Turn:
+    speed = batch_size * steps_per_second([answer["ticks"][_UNTIMED:] for answer in answers.values()])
+    sent = statistics.mean(answer["sent"] / (len(answer["ticks"]) - _UNTIMED) for answer in answers.values())
     return {"images/s": speed, "MB": sent / 1e6}
 
 
@@ -84,7 +86,6 @@ def _result(
     rate: str,
     claims: Mapping[str, Mapping[int, float]],
     num_rounds: int,
-    num_steps: int,
 ) -> SuiteResult:
     def ratio(size: int, name: str, other: str) -> float:
         pairs = zip(turns[size][name], turns[size][other], strict=True)
@@ -112,9 +113,9 @@ def _result(
                 )
     notes = (
         f"AlexNet {dict(net)} on two hosts (network namespaces) of one rank of one thread each, joined by a wire of"
-        f" {rate} each way; fused SGD with momentum. Images/s of both ranks together, over the time that both train, of"
-        f" {num_steps} steps each; medians of {num_rounds} rounds in which all alternatives took turns. MB are what the"
-        " interface of a rank's host sent, all protocols included, a step. `alone` trains without any communication."
+        f" {rate} each way; fused SGD with momentum. Images/s of both ranks together, over the time that both train;"
+        f" medians of {num_rounds} rounds in which all alternatives took turns. MB are what the interface of a rank's"
+        " host sent, all protocols included, a step. `alone` trains without any communication."
         " Downpour's workers push and fetch every `push_every` steps and step by themselves in between, as in the"
         " paper; half of the shards are on each host."
     )
@@ -165,6 +166,7 @@ class _Rank:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._module: Any = None
+        self._groups: list[Any] = []
 
     def carry_out(self, order: Order) -> dict[str, Any]:
         """Fit once; returns when each step ended, and the bytes that left this host meanwhile."""
@@ -202,6 +204,8 @@ class _Rank:
             use_distributed_sampler=False, callbacks=callbacks,
         ).fit(module, module.loader(order["batch_size"], num_steps))  # fmt: skip
         if torch.distributed.is_initialized():
+            # PowerSGD's last callback holds the group, too: were that the last to let go, a thread would join itself.
+            self._groups.append(torch.distributed.group.WORLD)
             torch.distributed.destroy_process_group()
         return {"ticks": module.ticks, "sent": callbacks[-1].num_bytes}
 
@@ -217,18 +221,19 @@ def _Meter() -> Any:
     class Meter(Callback):
         """What training steps send, and not what comes before or after them."""
 
-        def on_train_batch_start(self, *args: Any) -> None:
-            if not hasattr(self, "before"):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == _UNTIMED:
                 self.before = _sent()
 
-        def on_train_batch_end(self, *args: Any) -> None:
-            self.num_bytes = _sent() - self.before
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx >= _UNTIMED:
+                self.num_bytes = _sent() - self.before
 
     return Meter()
 
 
 def _hook(name: str) -> Any:
-    """A communication hook under stock DDP. Lightning registers none on CPUs."""
+    """A communication hook under stock DDP; on CPUs Lightning registers none."""
     from lightning.pytorch import Callback
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
@@ -239,7 +244,7 @@ def _hook(name: str) -> Any:
             if name == "fp16":
                 trainer.strategy.model.register_comm_hook(None, default_hooks.fp16_compress_hook)
             else:
-                state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+                state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=_UNTIMED)
                 trainer.strategy.model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
     return Register() if name in ("fp16", "powersgd") else CodecHook(name)

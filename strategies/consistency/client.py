@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .hosting import Address, keep_private
+from .mailbox import HostLostError
 from .values import decode, encode
 from .wire import Blocking, Header, connect
 
@@ -46,6 +48,8 @@ class Client:
         self._replies: dict[int, tuple[Header, bytearray]] = {}
         self._next = 0
         self._lock = threading.Lock()
+        self._heard = threading.Condition()
+        self._is_reading = False
         self._closed = threading.Event()
         self._pid = os.getpid()
         self._connection = self._connect()
@@ -97,35 +101,54 @@ class Client:
         Raises:
             RunFailedError: If the run can't go on.
             RevokedError: If this worker was given up.
+            HostLostError: If shards are somewhere else since this worker joined.
             ConnectionError: If the coordinator is gone.
 
         """
-        while request not in self._replies:
-            self._hear()
+        self._hear_until(lambda: request in self._replies)
         reply, payload = self._replies.pop(request)
         if "failed" in reply:
             raise RunFailedError(str(reply["failed"]))
         if reply.get("revoked"):
             raise RevokedError("this worker was silent for longer than its lease")
+        if reply.get("moved"):
+            raise HostLostError("shards are somewhere else by now")
         return reply, payload
 
     def call(self, header: Header, payload: bytes = b"") -> tuple[Header, bytearray]:
         """Ask, and wait for the answer."""
         try:
             return self.wait(self.send(header, payload))
+        except HostLostError:
+            raise
         except ConnectionError as error:
             raise _gone(error) from error
 
     def wait_until_done(self, sequence: int) -> None:
         """Wait until all shards have applied one of this worker's pushes."""
         try:
-            while self.done < sequence:
-                self._hear()
+            self._hear_until(lambda: self.done >= sequence)
         except ConnectionError as error:
             raise _gone(error) from error
 
-    def _hear(self) -> None:
-        header, payload = self._connection.receive()
+    def _hear_until(self, is_met: Callable[[], bool]) -> None:
+        """Listen, unless another thread does, until what was waited for has come."""
+        with self._heard:
+            while not is_met():
+                if self._is_reading:
+                    self._heard.wait()
+                    continue
+                self._is_reading = True
+                self._heard.release()
+                try:
+                    message = self._connection.receive()
+                finally:
+                    self._heard.acquire()
+                    self._is_reading = False
+                    self._heard.notify_all()
+                self._take(*message)
+
+    def _take(self, header: Header, payload: bytearray) -> None:
         if "re" in header:
             self._replies[int(header["re"])] = (header, payload)
         elif "failed" in header:

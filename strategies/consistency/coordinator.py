@@ -11,7 +11,7 @@ This class is a state machine without sockets, clocks or threads: requests go in
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ class Worker:
     joined: bool = False
     in_loop: bool = False
     finished: bool = False
+    displaced: bool = False  # shards that it had a mailbox at are somewhere else: it has to join again
     comes_back: bool = False  # lost, and started again later, in the schedule that is replayed
     idle: bool = False  # waits for data: holds nobody up
     clock: int = 0
@@ -106,7 +107,9 @@ class Coordinator:
         self.statistics = StalenessStatistics()
         self.version = 0  # updates committed
         self.num_lost = 0  # pushes that were not applied
+        self.num_rolled_back = 0  # updates that a lost host's shards have had in vain
         self.num_joined = 0
+        self.places: list[Header] = [{"node": 0}]  # where each group of shards is
         self.started = False
         self.stopped = ""
         self.leader_lost = False
@@ -368,18 +371,28 @@ class Coordinator:
             self._shard_done = [0] * num_shards
         self._progress(0.0)
 
+    def _on_places(self, worker: Worker, header: Header, payload: bytes) -> bool:
+        """Where the shards are, once they are."""
+        if not self.started:
+            return self._begins_in_vain(worker, header)
+        return self._answer(worker, header, {"places": self.places})
+
+    def _begins_in_vain(self, worker: Worker, header: Header) -> bool:
+        leader = self.workers.get(LEADER)
+        if leader is None or leader.alive:
+            return False
+        return self._answer(worker, header, {"failed": "Rank 0 was lost before training began."})
+
     def _on_join(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """Enter the loop, once there is something to train."""
         worker.mailbox = str(header.get("mailbox", ""))  # none where there is nobody to push to
         if not self.started:
-            leader = self.workers.get(LEADER)
-            if leader is not None and not leader.alive:
-                return self._answer(worker, header, {"failed": "Rank 0 was lost before training began."})
-            return False
-        worker.clock = self._slowest_clock(but=worker)
+            return self._begins_in_vain(worker, header)
+        if not worker.joined:  # and not just once more, with another mailbox
+            worker.clock = self._slowest_clock(but=worker)
+            worker.finished = worker.idle = False
         worker.joined = worker.in_loop = True
-        worker.finished = worker.idle = False
-        worker.sequence = 0
+        worker.displaced = False
         return self._answer(worker, header, {"version": self.version, "num_shards": self.num_shards})
 
     def _on_epoch(self, worker: Worker, header: Header, payload: bytes) -> bool:
@@ -472,6 +485,8 @@ class Coordinator:
             raise ValueError(f"a push from version {header['base']}, ahead of version {self.version}, or before join")
         if not self._turn("commit", worker):
             return False
+        if worker.displaced:
+            return self._answer(worker, header, {"moved": True})
         if not self.queue.holds(worker.key, tickets):
             self.num_lost += 1
             self.queue.give_back(worker.key, tickets)  # what it still held of a push of several batches
@@ -517,6 +532,8 @@ class Coordinator:
         """Weights as they are at this point of the order."""
         if not worker.joined:
             raise ValueError("a fetch before join")
+        if worker.displaced:
+            return self._answer(worker, header, {"moved": True})
         if not self._turn("fetch", worker):
             return False
         self._happened("fetch", worker)
@@ -541,6 +558,8 @@ class Coordinator:
         """Weights that the leader has edited, in place of the shards' own."""
         if worker.rank != LEADER:
             raise ValueError("only the leader's edits count")
+        if worker.displaced:
+            return self._answer(worker, header, {"moved": True})
         command = {"op": "write", "mailbox": worker.mailbox, "fetch": header["buffer"]}
         self._issue(command, worker, {"re": header["id"], "version": self.version})
         return True
@@ -554,6 +573,7 @@ class Coordinator:
 
     def _on_return(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """Batches that will not be trained on, for others to have."""
+        self.num_lost += bool(header.get("lost"))
         self.queue.give_back(worker.key, [(int(epoch), int(position)) for epoch, position in header["tickets"]])
         return self._answer(worker, header, {})
 
@@ -578,6 +598,11 @@ class Coordinator:
 
     # ------------------------------------------------------------------ shards
 
+    def displace(self) -> None:
+        """Shards are somewhere else from now on: what workers have prepared for them is worth nothing."""
+        for worker in self.live:
+            worker.displaced = worker.joined
+
     def _issue(self, command: Header, worker: Worker, announcement: Header) -> None:
         """Give a command its number; its worker hears when all shards have carried it out."""
         self._last_command += 1
@@ -599,6 +624,11 @@ class Coordinator:
     def num_done(self) -> int:
         """The last command that all shards have carried out."""
         return min(self._shard_done, default=self._last_command)
+
+    @property
+    def last_command_given(self) -> int:
+        """The last command that the shards were given; those behind it wait for a snapshot to be read."""
+        return self._held[0]["c"] - 1 if self._held else self._last_command
 
     def _announce_done(self) -> None:
         while self._announce and self._announce[0][0] <= self.num_done:
@@ -642,6 +672,7 @@ class Coordinator:
         return {
             "version": self.version,
             "num_lost": self.num_lost,
+            "num_rolled_back": self.num_rolled_back,
             "num_live": len(self.live),
             "num_joined": self.num_joined,
             "num_samples": self.queue.num_samples,
@@ -703,8 +734,3 @@ def _packed(indices: Sequence[int]) -> bytes:
     from array import array
 
     return array("q", indices).tobytes()
-
-
-def options_of(values: Mapping[str, Any]) -> RunOptions:
-    """Options as they come over the wire."""
-    return RunOptions(**values)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
+import ipaddress
 import json
 import os
 import socket
@@ -13,13 +15,23 @@ import tempfile
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from .wire import Blocking, Header
+from .memory import Segment, host_prefix
+from .wire import Blocking, Header, connect
+
+SECRET = "SQUALL_SECRET"
+PORT = "SQUALL_PORT"
+_LEAST_SECRET = 16
+_HOW_TO_SHARE = (
+    f"Set {SECRET} to the same random text on every host, for instance to what"
+    " `python -c 'import secrets; print(secrets.token_hex(32))'` prints once, or give the hosts one home directory."
+)
+_PATIENCE = 120.0
 
 _private: weakref.WeakSet[Blocking] = weakref.WeakSet()
 
@@ -62,6 +74,7 @@ class HostProcess:
         self._lock = threading.Lock()
         self._next = 0
         self._owner = os.getpid()
+        self._run = ""
 
     @property
     def is_ours(self) -> bool:
@@ -90,7 +103,16 @@ class HostProcess:
                 ) from None
         if "failed" in reply:
             raise MisconfigurationException(str(reply["failed"]))
+        if header["op"] in ("run", "enlist"):
+            self._run = host_prefix(str(reply["name"]), int(header.get("node", 0)))
         return reply
+
+    def clean_up(self) -> None:
+        """Remove what it left in shared memory, should it have been killed."""
+        if self.process.poll() is not None and self._run:
+            for name in os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else ():
+                if name.startswith(f"{self._run}-"):
+                    Segment.unlink(name)
 
     def close(self) -> None:
         """Let it end."""
@@ -102,19 +124,27 @@ class HostProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        self.clean_up()
 
 
 _host: HostProcess | None = None
-_opened: dict[str, Address] = {}
+_opened: dict[Job, Address] = {}
 
 
 def get_host() -> HostProcess:
     """The host process of this process, started if need be."""
     global _host
     if _host is None or not _host.is_ours:
+        tidy()
         _host = HostProcess()
         _opened.clear()
     return _host
+
+
+def tidy() -> None:
+    """Leave nothing behind of a host process that was killed."""
+    if _host is not None and _host._owner == os.getpid():
+        _host.clean_up()
 
 
 def _close() -> None:
@@ -133,21 +163,85 @@ atexit.register(_close)  # on import, so that a launcher has waited for the othe
 
 @dataclass(frozen=True)
 class Address:
-    """Where a job's coordinator listens, and what it wants to be shown."""
+    """Where a job's coordinator listens, and what it wants to be shown.
+
+    Args:
+        host: Its address.
+        port: Its port.
+        token: The job's secret.
+        opening: What tells this job from earlier ones at the same place.
+
+    """
 
     host: str
     port: int
     token: bytes
+    opening: str = ""
 
 
-def open_job(job: str, address: str, port: int = 0, token: bytes = b"") -> Address:
-    """Listen for the workers of a job, and leave word for those of this host.
+@dataclass(frozen=True)
+class Job:
+    """What ranks know of their job before they have found each other, as a launcher has set it.
 
     Args:
-        job: What tells the job from others of this host, for instance its ``MASTER_PORT``.
-        address: The interface that the job uses.
-        port: Where to listen; 0 for any free one.
-        token: The job's secret; empty to make one.
+        main_address: Of the host of rank 0.
+        main_port: What tells the job from others of this host.
+        num_nodes: Hosts that take part.
+
+    """
+
+    main_address: str = "127.0.0.1"
+    main_port: int | str = 0
+    num_nodes: int = 1
+
+    @property
+    def address(self) -> str:
+        """The interface that the job uses: one host's ranks need none but loopback."""
+        if self.num_nodes == 1:
+            return "127.0.0.1"
+        return str(socket.getaddrinfo(self.main_address, None, type=socket.SOCK_STREAM)[0][4][0])
+
+    @property
+    def interface(self) -> str:
+        """Where rank 0 listens. On many hosts their own name is a loopback address, which no other host could reach."""
+        resolved = self.address
+        named = self.main_address not in ("localhost", resolved)
+        if self.num_nodes > 1 and named and ipaddress.ip_address(resolved).is_loopback:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect(("192.0.2.1", 9))  # sends nothing; the system says which interface it would take
+                return str(probe.getsockname()[0])
+        return resolved
+
+    @property
+    def agreed(self) -> Address | None:
+        """Where several hosts meet that have been told the same secret; None if they were told none."""
+        secret = os.environ.get(SECRET, "")
+        if self.num_nodes == 1 or not secret:
+            return None
+        if len(secret) < _LEAST_SECRET:
+            raise MisconfigurationException(
+                f"{SECRET} has {len(secret)} characters, which can be guessed. {_HOW_TO_SHARE}"
+            )
+        port = int(os.environ.get(PORT, int(self.main_port) + 1))
+        return Address(self.address, port, hashlib.sha256(secret.encode()).digest())
+
+    @property
+    def record(self) -> Path:
+        """The file that says where the coordinator is: of this host, or of all that share a home."""
+        if self.num_nodes == 1:
+            return Path(tempfile.gettempdir()) / f"squall-{os.getuid()}-{self.main_port}.json"
+        name = f"{self.main_address}-{self.main_port}".replace(os.sep, "_")
+        return Path.home() / ".squall" / f"{name}.json"
+
+
+def open_job(job: Job) -> Address:
+    """Listen for the workers of a job, and leave word for them.
+
+    Several hosts have to share something to find each other by: either the environment variable ``SQUALL_SECRET``, or
+    the user's home directory, where a file that only the user can read has the job's random token.
+
+    Args:
+        job: As all ranks know it.
 
     """
     if job in _opened and _host is not None and _host.is_ours:
@@ -155,25 +249,52 @@ def open_job(job: str, address: str, port: int = 0, token: bytes = b"") -> Addre
     host = get_host()
     for other in list(_opened):
         _forget(other)
-    record = str(_path(job))
-    reply = host.request({"op": "open", "address": address, "port": port, "token": token.hex(), "record": record})
-    found = Address(address, int(reply["port"]), bytes.fromhex(reply["token"]))
+    agreed = job.agreed
+    request: Header = {"op": "open", "address": job.interface}
+    if agreed is not None:
+        request |= {"port": agreed.port, "token": agreed.token.hex()}
+    else:
+        request["record"] = str(job.record)
+    try:
+        reply = host.request(request)
+    except MisconfigurationException as error:
+        raise MisconfigurationException(
+            f"Rank 0 can't listen on {job.interface}, port {request.get('port', 'any')}: {error}. Set MASTER_ADDR to an"
+            f" address of rank 0's host, and {PORT} to a port that is free there."
+        ) from error
+    found = Address(job.interface, int(reply["port"]), bytes.fromhex(reply["token"]), str(reply["opening"]))
     _opened[job] = found
-    _write(_path(job), {"host": found.host, "port": found.port, "token": found.token.hex(), "pid": os.getpid()})
+    if agreed is None:
+        said = {"host": found.host, "port": found.port, "token": found.token.hex(), "opening": found.opening}
+        _write(job.record, {**said, "pid": os.getpid(), "node": socket.gethostname()})
     return found
 
 
-def _forget(job: str) -> None:
+def enlist(address: Address, node: int, run: int) -> bool:
+    """Offer this host's help to a job's coordinator, for the memory and the processes of shards.
+
+    Args:
+        address: Where it is.
+        node: Rank of this host.
+        run: Number of the run in its job.
+
+    Returns:
+        Whether shards are wanted here.
+
+    """
+    request = {"op": "enlist", "address": address.host, "port": address.port, "token": address.token.hex()}
+    return bool(get_host().request({**request, "node": node, "run": run})["wanted"])
+
+
+def _forget(job: Job) -> None:
     _opened.pop(job, None)
     with contextlib.suppress(OSError):
-        _path(job).unlink()
-
-
-def _path(job: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"squall-{os.getuid()}-{job}.json"
+        job.record.unlink()
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
+    if path.parent.name == ".squall":
+        path.parent.mkdir(mode=0o700, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -181,8 +302,8 @@ def _write(path: Path, record: dict[str, Any]) -> None:
         json.dump(record, file)
 
 
-def find_job(job: str, timeout: float = 120.0) -> Address:
-    """Wait for the word that :func:`open_job` leaves on this host.
+def find_job(job: Job, timeout: float = _PATIENCE) -> Address:
+    """Wait for the word that :func:`open_job` leaves.
 
     Args:
         job: As there.
@@ -192,17 +313,44 @@ def find_job(job: str, timeout: float = 120.0) -> Address:
         RuntimeError: If none is left in time.
 
     """
+    agreed = job.agreed
     deadline = time.monotonic() + timeout
     while True:
-        record = _read(_path(job))
-        if record is not None:
-            return Address(str(record["host"]), int(record["port"]), bytes.fromhex(record["token"]))
+        address = agreed
+        if address is None:
+            record = _read(job.record)
+            if record is not None:
+                token, opening = bytes.fromhex(record["token"]), str(record["opening"])
+                address = Address(str(record["host"]), int(record["port"]), token, opening)
+        if address is not None and job.num_nodes > 1:
+            address = _ask(address)  # a file in a home directory may be of a program that is gone
+        if address is not None:
+            return address
         if time.monotonic() > deadline:
+            if job.num_nodes > 1:
+                raise RuntimeError(
+                    f"Rank 0 has not opened the job at {job.main_address}:{job.main_port} within {timeout:g} s, or left"
+                    f" word where this host can't read it. {_HOW_TO_SHARE}"
+                )
             raise RuntimeError(
-                f"Local rank 0 has not opened the job {job!r} within {timeout:g} s: it has failed, or it runs under"
-                " another user or with another TMPDIR."
+                f"Local rank 0 has not opened the job {job.main_port!r} within {timeout:g} s: it has failed, or it runs"
+                " under another user or with another TMPDIR."
             )
         time.sleep(0.02)
+
+
+def _ask(address: Address) -> Address | None:
+    """Ask what job an address is of; None if nobody is there."""
+    try:
+        line = connect((address.host, address.port), address.token, timeout=5.0)
+        line.sock.settimeout(5.0)
+        try:
+            line.send({"op": "which"})
+            return replace(address, opening=str(line.receive()[0]["opening"]))
+        finally:
+            line.close()
+    except OSError:
+        return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -219,7 +367,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         except ValueError:  # half written
             return None
     try:
-        os.kill(int(record["pid"]), 0)
+        if record.get("node") == socket.gethostname():
+            os.kill(int(record["pid"]), 0)
     except OSError:
         return None  # left behind by a program that is gone
-    return record if isinstance(record, dict) else None
+    return dict(record)

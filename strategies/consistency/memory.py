@@ -24,6 +24,11 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
+def host_prefix(run: str, node: int) -> str:
+    """What names of shared memory on a host begin with: hosts may share one kernel, as in network namespaces."""
+    return f"{run}.n{node}" if node else run
+
+
 class Segment:
     """A piece of shared memory with a name, readable by this user only.
 

@@ -169,11 +169,18 @@ class Plan:
     Args:
         parameters: All parameters, in the order of the optimizers.
         slices: One per shard.
+        num_groups: Equal parts into which the shards are dealt, in order: one per host of the job.
 
     """
 
     parameters: tuple[ParameterInfo, ...]
     slices: tuple[Slice, ...]
+    num_groups: int = 1
+
+    def group(self, index: int) -> range:
+        """Numbers of the shards of a group."""
+        size = len(self.slices) // self.num_groups
+        return range(index * size, (index + 1) * size)
 
     @property
     def digest(self) -> str:
@@ -182,20 +189,26 @@ class Plan:
 
 
 def make_plan(
-    parameters: Sequence[ParameterInfo], elementwise: Sequence[bool], num_shards: int, code_size: CodeSize
+    parameters: Sequence[ParameterInfo],
+    elementwise: Sequence[bool],
+    num_shards: int,
+    code_size: CodeSize,
+    num_groups: int = 1,
 ) -> Plan:
     """Deal all parameters out to the shards.
 
     Args:
         parameters: All of them, in the order of the optimizers.
         elementwise: Whether each optimizer treats elements alone.
-        num_shards: How many slices to make.
+        num_shards: How many slices to make for each group.
         code_size: Bytes of the code of so many elements of a type.
+        num_groups: How many groups of shards there are.
 
     Returns:
         A plan with a slice per shard; an empty one where there are fewer elements than shards.
 
     """
+    num_shards *= num_groups
     loads = [0] * num_shards
     pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(num_shards)]
     for optimizer in range(len(elementwise)):
@@ -217,7 +230,7 @@ def make_plan(
             shares[shard] -= end - start
             start = end
     slices = tuple(_lay_out(parameters, elementwise, piece, code_size) for piece in pieces)
-    return Plan(tuple(parameters), slices)
+    return Plan(tuple(parameters), slices, num_groups)
 
 
 def _shares(loads: Sequence[int], remaining: int) -> list[int]:

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .client import Client
-from .memory import Segment
+from .client import Client, RevokedError
+from .courier import Courier
+from .mailbox import NUM_SLOTS, HostLostError, Mailbox, Place, RemoteMailbox, open_mailboxes, part_name
+from .memory import Segment, host_prefix
 from .optimizers import Hyperparameters
-from .plan import Plan, Unit
+from .packing import RESIDUALS, Encoder, find_pieces, flat, num_residuals, sum_residuals
+from .plan import Plan
 from .queue import Ticket
-from .shard import NUM_SLOTS, lay_out_mailbox
+from .wire import Header
 
-Encode = Callable[[Unit, Tensor, Tensor], None]  # unit, gradient, where its code goes
+_MOVE_SECONDS = 0.2  # between two looks for where a lost host's shards have gone
+
+
+class PushLostError(HostLostError):
+    """A push could not be applied, since shards have moved.
+
+    Args:
+        tickets: The batches that it was made of.
+
+    """
+
+    def __init__(self, tickets: Sequence[Ticket]) -> None:
+        super().__init__("shards have moved before a push could be applied")
+        self.tickets = list(tickets)
 
 
 @dataclass
@@ -38,35 +57,6 @@ class PushResult:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Neighbouring elements of a parameter that are neighbours in the mailbox, too."""
-
-    parameter: int
-    start: int
-    stop: int
-    shard: int
-    offset: int
-
-
-def _pieces(plan: Plan, offset_of: Callable[[Unit], int]) -> list[_Piece]:
-    pieces: list[_Piece] = []
-    for shard, slice_ in enumerate(plan.slices):
-        for unit in slice_.units:
-            offset = offset_of(unit)
-            last = pieces[-1] if pieces else None
-            size = unit.info.dtype.itemsize
-            if (
-                last is not None
-                and (last.parameter, last.shard, last.stop) == (unit.parameter, shard, unit.start)
-                and last.offset + (last.stop - last.start) * size == offset
-            ):
-                pieces[-1] = _Piece(last.parameter, last.start, unit.stop, shard, last.offset)
-            else:
-                pieces.append(_Piece(unit.parameter, unit.start, unit.stop, shard, offset))
-    return pieces
-
-
 class Replica:
     """The parameters of a worker, kept close to the shards'.
 
@@ -76,7 +66,9 @@ class Replica:
         parameters: The worker's own, in the plan's order.
         name: Of the run; mailboxes are named after it.
         num_buffers: Fetch buffers: two, or three if a rule looks at the weights that a push was computed from.
-        codec: How pushes are coded.
+        codec: How pushes, and changes of weights for workers of other hosts, are coded.
+        node: Rank of the worker's host.
+        patience: Seconds in which a lost host's shards must be somewhere else.
 
     """
 
@@ -88,6 +80,8 @@ class Replica:
         name: str,
         num_buffers: int = 2,
         codec: str = "fp32",
+        node: int = 0,
+        patience: float = 120.0,
     ) -> None:
         self.client = client
         self.plan = plan
@@ -100,9 +94,15 @@ class Replica:
         self.num_bytes_fetched = 0
         self._name = name
         self._num_buffers = num_buffers
-        self._fetch_pieces = _pieces(plan, lambda unit: unit.fetch_offset)
-        self._encoder = make_encoder(codec, plan)
-        self._residual_units: dict[Unit, Tensor] = {}
+        self._codec = codec
+        self._node = node
+        self._patience = patience
+        self._fetch_pieces = find_pieces(plan, lambda unit: unit.fetch_offset)
+        self._encoder = Encoder(codec, plan)
+        self._mailboxes: list[Mailbox] = []
+        self._num_joins = 0
+        self._courier = Courier()
+        self._carried_before = (0, 0)
         self._stepped = False  # locally, since the last fetch
         self._seen = 0
         self._pending: deque[tuple[int, int, int]] = deque()  # sequence, buffer and version of fetches under way
@@ -110,24 +110,48 @@ class Replica:
     # ------------------------------------------------------------------ coming and going
 
     def join(self) -> None:
-        """Enter the run, and compute with its present weights."""
-        layouts, num_bytes = lay_out_mailbox(self.plan, NUM_SLOTS, self._num_buffers)
-        name = f"{self._name}-w{self.client.rank}.{self.client.generation}"
-        mailbox = Segment(name, num_bytes)
+        """Enter the run, or enter again after shards have moved, and compute with its present weights.
+
+        Raises:
+            HostLostError: If a lost host's shards are nowhere else in time.
+
+        """
+        self._forget_courier()
+        deadline, waits = time.monotonic() + self._patience, False
+        while True:
+            try:
+                self._join()
+                return
+            except HostLostError as error:
+                if time.monotonic() > deadline:
+                    raise
+                if not waits:
+                    sys.stderr.write(f"squall: rank {self.client.rank} looks for its shards again: {error}\n")
+                waits = True
+                time.sleep(_MOVE_SECONDS)
+
+    def _join(self) -> None:
+        self.close()
+        places = [Place(0)]
+        if self.plan.num_groups > 1:
+            said, _ = self.client.call({"op": "places"})
+            here = self.client.address
+            places = [Place(p["node"], p.get("host", here.host), p.get("port", here.port)) for p in said["places"]]
+        again = f".{self._num_joins}" if self._num_joins else ""
+        self._num_joins += 1
+        name = f"{self._name}-w{self.client.rank}.{self.client.generation}{again}"
+        self._places = places
+        self._mailboxes = open_mailboxes(
+            self.plan, self._num_buffers, name, self._name, places, self._node,
+            token=self.client.address.token, number=self.client.run, codec=self._codec,
+        )  # fmt: skip
+        if self._encoder.has_residuals:
+            memory = Segment(part_name(name, self._name, self._node, 0) + RESIDUALS, 4 * num_residuals(self.plan))
+            self._encoder.keep_in(memory.tensor(torch.float32, 0, num_residuals(self.plan)))
         reply, _ = self.client.call({"op": "join", "mailbox": name})
-        self._slots = [
-            [
-                mailbox.tensor(torch.uint8, layout.slots[slot], slice_.num_code_bytes)
-                for layout, slice_ in zip(layouts, self.plan.slices, strict=True)
-            ]
-            for slot in range(NUM_SLOTS)
-        ]
+        self._slots = [[code for mailbox in self._mailboxes for code in mailbox.codes(n)] for n in range(NUM_SLOTS)]
         self._buffers = [
-            [
-                mailbox.tensor(torch.uint8, layout.buffers[buffer], slice_.num_fetch_bytes)
-                for layout, slice_ in zip(layouts, self.plan.slices, strict=True)
-            ]
-            for buffer in range(self._num_buffers)
+            [weights for mailbox in self._mailboxes for weights in mailbox.weights(n)] for n in range(self._num_buffers)
         ]
         self.version = int(reply["version"])
         self._last_use = [0] * NUM_SLOTS
@@ -135,6 +159,59 @@ class Replica:
         self._buffer = 0
         self._base_buffer = 0
         self.fetch()
+
+    @property
+    def num_bytes_carried(self) -> tuple[int, int]:
+        """Bytes sent to other hosts, and received from them."""
+        sent, received = self._carried_before
+        sent += sum(mailbox.num_bytes_sent for mailbox in self._mailboxes)
+        received += sum(mailbox.num_bytes_received for mailbox in self._mailboxes)
+        return sent, received
+
+    def close(self) -> None:
+        """Let go of the mailboxes."""
+        self._carried_before = self.num_bytes_carried
+        for mailbox in self._mailboxes:
+            mailbox.close()
+        self._mailboxes = []
+
+    def prefix(self, group: int) -> str:
+        """What names of shared memory begin with where a group of shards of this host is."""
+        return host_prefix(self._name, self._places[group].node)
+
+    def owe(self, rows: Sequence[Tensor]) -> None:
+        """Let the next pushes make up for what an earlier run's codes have lost.
+
+        Args:
+            rows: Of each parameter, flat; as :meth:`owed` gave them.
+
+        """
+        self._encoder.owe(rows)
+
+    def owed(self) -> tuple[Tensor, ...]:
+        """What the codes of all workers of all hosts have lost, and have not made up for.
+
+        Returns:
+            Of each parameter, flat; nothing where codes lose nothing for good.
+
+        """
+        if not self._encoder.has_residuals:
+            return ()
+        total = sum_residuals(host_prefix(self._name, self._node), self.plan)
+        nodes = {self._node}
+        for place, mailbox in zip(self._places, self._mailboxes, strict=True):
+            if isinstance(mailbox, RemoteMailbox) and place.node not in nodes:
+                nodes.add(place.node)
+                total += mailbox.owed()
+        rows: tuple[Tensor, ...] = total.split([info.num_elements for info in self.plan.parameters])
+        return rows
+
+    def remote(self, shard: int) -> RemoteMailbox | None:
+        """The mailbox through which a shard of another host is reached; None for one of this host."""
+        for group, mailbox in enumerate(self._mailboxes):
+            if shard in self.plan.group(group):
+                return mailbox if isinstance(mailbox, RemoteMailbox) else None
+        return None
 
     def leave(self, stop: bool) -> int | None:
         """Wait for the end of the run, and take its final weights.
@@ -150,18 +227,29 @@ class Replica:
         reply, _ = self.client.call({"op": "leave", "stop": stop})
         if reply["leader_lost"]:
             return int(reply["successor"])
-        self.fetch()
+        self.fetch(exact=True)
         return None
 
     # ------------------------------------------------------------------ fetching
 
-    def fetch(self) -> None:
-        """Compute with the weights as they are now."""
+    def fetch(self, exact: bool = False) -> None:
+        """Compute with the weights as they are now.
+
+        Args:
+            exact: To the last bit, though shards are on other hosts and changes are coded.
+
+        """
+        self._forget_courier()
         buffer = self._next_buffer()
         reply, _ = self.client.call({"op": "fetch", "buffer": buffer})
         self._learn(reply)
         self._pending.clear()
+        self._receive(buffer, exact)
         self._install(buffer, int(reply["version"]))
+
+    def _receive(self, buffer: int, exact: bool = False) -> None:
+        for mailbox in self._mailboxes:
+            mailbox.receive(buffer, exact)
 
     def land(self, keep: int = 0) -> bool:
         """Compute with the weights that come back with pushes.
@@ -180,6 +268,7 @@ class Replica:
             return False
         sequence, buffer, version = landed
         self.client.wait_until_done(sequence)
+        self._receive(buffer)
         self._install(buffer, version)
         return True
 
@@ -197,7 +286,7 @@ class Replica:
             Whether they were edited.
 
         """
-        if reference is None and (self._stepped or self._pending):
+        if reference is None and (self._stepped or self._pending or self._courier.is_under_way):
             return False  # a local step is an edit, too
         if not look and self._stamp() == self._seen:
             return False
@@ -208,9 +297,12 @@ class Replica:
             same = all(torch.equal(there, here.cpu()) for there, here in self._pairs(self._base_buffer))
         if same:
             return False
+        self.settle()
         buffer = self._next_buffer()
         for there, here in self._pairs(buffer):
             there.copy_(here)
+        for mailbox in self._mailboxes:
+            mailbox.send_weights(buffer)
         reply, _ = self.client.call({"op": "write", "buffer": buffer})
         self._learn(reply)
         self.base, self._base_buffer = int(reply["version"]), buffer
@@ -279,31 +371,108 @@ class Replica:
             hyper: What the optimizers' hyperparameters have become, from the leader.
             buffers: The worker's running statistics.
 
+        Raises:
+            HostLostError: If shards have moved, and it was not applied.
+
         """
+        slot, header = self._prepare(gradients, tickets, fetch, hyper, buffers)
+        try:
+            for mailbox in self._mailboxes:
+                mailbox.send(slot)
+            reply, _ = self.client.call(header, buffers or b"")
+        except HostLostError:
+            self._encoder.take_back([None if g is None else flat(g) for g in gradients], self._slots[slot])
+            raise
+        return self._pushed(slot, header, reply)
+
+    @torch.no_grad()
+    def push_later(
+        self, gradients: Sequence[Tensor | None], tickets: Sequence[Ticket], hyper: Any, buffers: bytes | None
+    ) -> None:
+        """Hand in gradients, and have the weights after them brought, while this worker computes on.
+
+        Where no shard is on another host, :meth:`push` takes hardly any time, and is better. :meth:`collect` tells what
+        became of it. Arguments are those of :meth:`push`.
+        """
+        slot, header = self._prepare(gradients, tickets, True, hyper, buffers)
+
+        def errand() -> tuple[int, Header, Header]:
+            try:
+                for mailbox in self._mailboxes:
+                    mailbox.send(slot)
+                reply, _ = self.client.call(header, buffers or b"")
+            except HostLostError as error:
+                raise PushLostError(tickets) from error
+            if "sequence" in reply:
+                self.client.wait_until_done(int(reply["sequence"]))
+                self._receive(header["fetch"])
+            return slot, header, reply
+
+        self._courier.go(errand)
+
+    def collect(self, wait: bool) -> PushResult | None:
+        """Take what the courier has brought.
+
+        Args:
+            wait: Wait for it.
+
+        Returns:
+            What became of the push; None if nothing is under way, or not back yet.
+
+        Raises:
+            PushLostError: If shards moved before it could be applied.
+
+        """
+        if not (self._courier.is_back or (wait and self._courier.is_under_way)):
+            return None
+        slot, header, reply = self._courier.wait()
+        result = self._pushed(slot, header, reply)
+        if result.applied:
+            self._pending.clear()
+            self._install(header["fetch"], result.version)
+        return result
+
+    @property
+    def is_far(self) -> bool:
+        """Whether pushes have to be carried to other hosts."""
+        return any(isinstance(mailbox, RemoteMailbox) for mailbox in self._mailboxes)
+
+    def _forget_courier(self) -> None:
+        """Whatever it brings is out of date."""
+        if self._courier.is_under_way:
+            with contextlib.suppress(RevokedError, ConnectionError):
+                slot, header, reply = self._courier.wait()
+                self._pushed(slot, header, reply)
+
+    def _prepare(
+        self,
+        gradients: Sequence[Tensor | None],
+        tickets: Sequence[Ticket],
+        fetch: bool,
+        hyper: Any,
+        buffers: bytes | None,
+    ) -> tuple[int, Header]:
+        """Code a push, and say what it is."""
         slot = self._slot
         self.client.wait_until_done(self._last_use[slot])
-        absent = [index for index, gradient in enumerate(gradients) if gradient is None]
-        flat = [None if gradient is None else _flat(gradient) for gradient in gradients]
-        for shard, slice_ in enumerate(self.plan.slices):
-            codes = self._slots[slot][shard]
-            self._encoder(slice_.units, flat, codes, shard)
-            self.num_bytes_pushed += slice_.num_code_bytes
-        buffer = self._next_buffer() if fetch else None
-        reply, _ = self.client.call(
-            {
-                "op": "commit",
-                "slot": slot,
-                "base": self.base,
-                "base_buffer": self._base_buffer,
-                "tickets": list(tickets),
-                "absent": absent,
-                "fetch": buffer,
-                "hyper": hyper,
-                "hyper_version": self.hyper_version,
-                "buffers": buffers is not None,
-            },
-            buffers or b"",
-        )
+        rows = [None if gradient is None else flat(gradient) for gradient in gradients]
+        self._encoder.encode(rows, self._slots[slot])
+        self.num_bytes_pushed += sum(slice_.num_code_bytes for slice_ in self.plan.slices)
+        return slot, {
+            "op": "commit",
+            "slot": slot,
+            "base": self.base,
+            "base_buffer": self._base_buffer,
+            "tickets": list(tickets),
+            "absent": [index for index, gradient in enumerate(gradients) if gradient is None],
+            "fetch": self._next_buffer() if fetch else None,
+            "hyper": hyper,
+            "hyper_version": self.hyper_version,
+            "buffers": buffers is not None,
+        }
+
+    def _pushed(self, slot: int, header: Header, reply: Header) -> PushResult:
+        """Learn what became of a push."""
         self._learn(reply)
         if "lost" in reply:
             return PushResult(False, self.version, reason=str(reply["lost"]))
@@ -312,12 +481,13 @@ class Replica:
         sequence, version = int(reply["sequence"]), int(reply["version"])
         self._last_use[slot] = sequence
         self._slot = (slot + 1) % NUM_SLOTS
-        if buffer is not None:
-            self._pending.append((sequence, buffer, version))
+        if header["fetch"] is not None:
+            self._pending.append((sequence, header["fetch"], version))
         return PushResult(True, version, int(reply["staleness"]))
 
     def settle(self) -> None:
         """Wait until all that was pushed is applied."""
+        self.collect(wait=True)
         self.client.wait_until_done(max(self._last_use))
 
     @torch.no_grad()
@@ -327,50 +497,3 @@ class Replica:
             if gradient is not None:
                 parameter.data.add_(gradient.to(parameter.dtype), alpha=-rate)
         self._stepped = True
-
-
-def _flat(gradient: Tensor) -> Tensor:
-    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
-    return dense.detach().reshape(-1)
-
-
-Encoder = Callable[[Sequence[Unit], Sequence[Tensor | None], Tensor, int], None]
-
-
-def make_encoder(codec: str, plan: Plan) -> Encoder:
-    """What writes the code of a push to one shard."""
-    if codec == "fp32":
-        pieces: dict[int, list[_Piece]] = {}
-        for piece in _pieces(plan, lambda unit: unit.code_offset):
-            pieces.setdefault(piece.shard, []).append(piece)
-
-        def copy(units: Sequence[Unit], flat: Sequence[Tensor | None], codes: Tensor, shard: int) -> None:
-            for piece in pieces.get(shard, ()):
-                gradient = flat[piece.parameter]
-                if gradient is not None:
-                    dtype = plan.parameters[piece.parameter].dtype
-                    end = piece.offset + (piece.stop - piece.start) * dtype.itemsize
-                    codes[piece.offset : end].view(dtype).copy_(gradient[piece.start : piece.stop])
-
-        return copy
-
-    from .codecs import get_codec
-
-    found = get_codec(codec)
-    residuals: dict[tuple[int, int], Tensor] = {}
-
-    def encode(units: Sequence[Unit], flat: Sequence[Tensor | None], codes: Tensor, shard: int) -> None:
-        for unit in units:
-            gradient = flat[unit.parameter]
-            if gradient is None:
-                continue
-            residual = None
-            if found.has_residual:
-                key = (unit.parameter, unit.start)
-                if key not in residuals:
-                    residuals[key] = torch.zeros(unit.num_elements)
-                residual = residuals[key]
-            mine = codes[unit.code_offset : unit.code_offset + unit.num_code_bytes]
-            found.encode(gradient[unit.start : unit.stop].cpu(), mine, residual)
-
-    return encode

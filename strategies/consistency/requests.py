@@ -20,6 +20,10 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_number, value))
 
 
+def _flag(value: Any) -> bool:
+    return type(value) is bool
+
+
 def _text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -44,6 +48,7 @@ _FORMS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
     "meet": ({"key": _text, "kind": _text}, {}),
     "share": ({"key": _text}, {}),
     "gather": ({"key": _text, "ranks": _numbers}, {}),
+    "places": ({}, {}),
     "join": ({}, {"mailbox": _text}),
     "epoch": ({"epoch": _number}, {}),
     "order": ({"epoch": _number, "sizes": _numbers}, {"done": _numbers}),
@@ -59,7 +64,7 @@ _FORMS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
     "claim": ({}, {}),
     "free": ({}, {}),
     "done": ({"tickets": _tickets}, {}),
-    "return": ({"tickets": _tickets}, {}),
+    "return": ({"tickets": _tickets}, {"lost": _flag}),
     "stop": ({}, {}),
     "leave": ({}, {}),
     "snapshot": ({"id": _number}, {}),

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import signal
 import socket
-import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .mailbox import NUM_SLOTS, lay_out_mailbox
 from .memory import Segment
 from .optimizers import unpack, unpack_groups
 from .plan import Plan, Unit
+from .processes import die_with_parent
 from .staleness import StalenessRule
 from .updates import SliceMemory, Updater
 from .wire import Blocking
@@ -45,41 +44,6 @@ class ShardSpec:
     num_buffers: int
 
 
-@dataclass(frozen=True)
-class MailboxLayout:
-    """Where one shard's part of a worker's mailbox lies, in bytes."""
-
-    slots: tuple[int, ...]
-    buffers: tuple[int, ...]
-    num_bytes: int
-
-
-def lay_out_mailbox(plan: Plan, num_slots: int, num_buffers: int) -> tuple[list[MailboxLayout], int]:
-    """A mailbox holds pushes on their way to the shards and weights on their way back.
-
-    Returns:
-        The part of each shard, and the size of the mailbox in bytes.
-
-    """
-    offset = 64
-    layouts = []
-    for slice_ in plan.slices:
-        begin = offset
-        slots = []
-        for _ in range(num_slots):
-            slots.append(offset)
-            offset += slice_.num_code_bytes
-        buffers = []
-        for _ in range(num_buffers):
-            buffers.append(offset)
-            offset += slice_.num_fetch_bytes
-        layouts.append(MailboxLayout(tuple(slots), tuple(buffers), offset - begin))
-    return layouts, offset
-
-
-NUM_SLOTS = 2
-
-
 class Shard:
     """Carries commands out.
 
@@ -87,13 +51,18 @@ class Shard:
         index: Which slice it owns.
         segment: The slice's memory.
         spec: Of all shards.
+        part: Name of the shared memory that is its group's part of a mailbox of a name.
 
     """
 
-    def __init__(self, index: int, segment: Segment, spec: ShardSpec) -> None:
-        self._index = index
+    def __init__(self, index: int, segment: Segment, spec: ShardSpec, part: Callable[[str], str]) -> None:
         self._slice = spec.plan.slices[index]
-        self._layout = lay_out_mailbox(spec.plan, NUM_SLOTS, spec.num_buffers)[0][index]
+        group = index * spec.plan.num_groups // len(spec.plan.slices)
+        layout = lay_out_mailbox(spec.plan, group, NUM_SLOTS, spec.num_buffers)
+        position = index - layout.shards.start
+        self._slots = [starts[position] for starts in layout.slots]
+        self._buffers = [starts[position] for starts in layout.buffers]
+        self._part = part
         self._mailboxes: dict[str, Segment] = {}
         self._hyper_version = 0
         self._decode = make_decoder(spec.codec)
@@ -117,7 +86,7 @@ class Shard:
                 self.updater.adopt(hyper)
                 self._hyper_version = version
             mailbox = command["mailbox"]
-            begin = self._layout.slots[command["slot"]]
+            begin = self._slots[command["slot"]]
             code = self._mailbox(mailbox).tensor(torch.uint8, begin, self._slice.num_code_bytes)
             base = None if command["base"] is None else self._buffer(mailbox, command["base"])
             fetch = None if command["fetch"] is None else self._buffer(mailbox, command["fetch"])
@@ -130,11 +99,11 @@ class Shard:
 
     def _mailbox(self, name: str) -> Segment:
         if name not in self._mailboxes:
-            self._mailboxes[name] = Segment(name)
+            self._mailboxes[name] = Segment(self._part(name))
         return self._mailboxes[name]
 
     def _buffer(self, mailbox: str, index: int) -> Tensor:
-        begin = self._layout.buffers[index]
+        begin = self._buffers[index]
         return self._mailbox(mailbox).tensor(torch.uint8, begin, self._slice.num_fetch_bytes)
 
     def forget(self, mailbox: str) -> None:
@@ -161,16 +130,14 @@ def _as_it_is(unit: Unit, code: Tensor, scratch: Tensor) -> Tensor:
     return code.view(unit.info.dtype)
 
 
-def serve(index: int, name: str, sock: socket.socket, spec: ShardSpec, parent: int) -> None:
+def serve(index: int, name: str, sock: socket.socket, spec: ShardSpec, parent: int, part: Callable[[str], str]) -> None:
     """The life of a shard's process: carry out what comes, until the host hangs up."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            return
+    if not die_with_parent(parent):
+        return
     torch.set_num_threads(1)
     host = Blocking(sock)
     try:
-        shard = Shard(index, Segment(name), spec)
+        shard = Shard(index, Segment(name), spec, part)
         host.send({"ready": shard.updater.last_command})
         while True:
             command, _ = host.receive()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .client import Client
 from .memory import Segment
 from .optimizers import read_entry
-from .plan import Plan
+from .plan import Plan, Slice
 from .staleness import MEAN_SQUARE
 from .updates import SliceMemory
 
@@ -27,6 +27,7 @@ class Snapshot:
         weights: Of each parameter, in the plan's order.
         state: What the optimizers keep for each; empty for parameters that have had no update.
         report: The coordinator's numbers, and the state of the queue, at that version.
+        owed: What the codes of all workers' pushes have lost of each parameter's gradients, if that is kept.
 
     """
 
@@ -34,6 +35,7 @@ class Snapshot:
     weights: tuple[Tensor, ...]
     state: tuple[dict[str, Any], ...]
     report: dict[str, Any]
+    owed: tuple[Tensor, ...] = ()
 
 
 def fill(memories: Sequence[SliceMemory], parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
@@ -58,19 +60,64 @@ def _cut(state: Mapping[str, Any], shape: torch.Size, start: int, stop: int) -> 
     }
 
 
-def take(client: Client, plan: Plan, names: Sequence[str], with_state: bool) -> Snapshot:
+class Copied:
+    """A shard's memory, as far as it was copied from another host.
+
+    Args:
+        num_bytes: Of the shard's memory.
+
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._bytes = torch.zeros(num_bytes, dtype=torch.uint8)
+
+    @classmethod
+    def of(cls, segment: Segment, num_bytes: int) -> Copied:
+        """Copy to memory that is there."""
+        copied = cls(0)
+        copied._bytes = segment.tensor(torch.uint8, 0, num_bytes)
+        return copied
+
+    def fill(self, ranges: Sequence[tuple[int, int]], data: bytearray) -> None:
+        """Take what was read of it.
+
+        Args:
+            ranges: Where each piece begins, and its length.
+            data: All pieces.
+
+        """
+        source, at = torch.frombuffer(data, dtype=torch.uint8), 0
+        for start, count in ranges:
+            self._bytes[start : start + count].copy_(source[at : at + count])
+            at += count
+
+    def tensor(self, dtype: torch.dtype, offset: int, num_elements: int) -> Tensor:
+        """As :meth:`Segment.tensor`."""
+        return self._bytes[offset : offset + num_elements * dtype.itemsize].view(dtype)
+
+
+def ranges_of(slice_: Slice, with_state: bool) -> list[tuple[int, int]]:
+    """What to copy of a slice's memory: flags and weights, and the state behind these."""
+    batches = [(b.offset, b.num_bytes if with_state else b.num_weight_bytes) for b in slice_.batches]
+    return [(0, slice_.flags_offset + len(slice_.units)), *batches]
+
+
+Attach = Callable[[int, bool], SliceMemory]  # number of a shard, and whether its state is wanted
+
+
+def take(client: Client, plan: Plan, attach: Attach, with_state: bool) -> Snapshot:
     """Read one version.
 
     Args:
         client: The worker's line to the coordinator, which holds later updates back meanwhile.
         plan: All slices.
-        names: Of the shards' memories.
+        attach: Finds a shard's memory.
         with_state: Read the optimizers' state, too.
 
     """
     report, _ = client.call({"op": "snapshot"})
     try:
-        memories = [SliceMemory(Segment(name), slice_) for name, slice_ in zip(names, plan.slices, strict=True)]
+        memories = [attach(shard, with_state) for shard in range(len(plan.slices))]
         weights = tuple(torch.empty(info.num_elements, dtype=info.dtype) for info in plan.parameters)
         state: tuple[dict[str, Any], ...] = tuple({} for _ in plan.parameters)
         for memory in memories:

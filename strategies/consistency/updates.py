@@ -8,7 +8,7 @@ which command that is, is a single number, written in one store.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,23 @@ _PROGRESS, _JOURNAL = 0, 1
 _CURSOR_BITS = 24
 
 
+class Memory(Protocol):
+    """Bytes that can be seen as tensors."""
+
+    def tensor(self, dtype: torch.dtype, offset: int, num_elements: int) -> Tensor:
+        """As :meth:`Segment.tensor`."""
+
+
 class SliceMemory:
     """The memory of a slice, by name of what lies in it.
 
     Args:
-        segment: Of the slice's size.
+        segment: Of the slice's size, or what was copied of one.
         slice_: What lies where.
 
     """
 
-    def __init__(self, segment: Segment, slice_: Slice) -> None:
+    def __init__(self, segment: Memory, slice_: Slice) -> None:
         self.slice = slice_
         self.segment = segment
         self.control = segment.tensor(torch.int64, 0, 8).numpy()
@@ -43,10 +50,6 @@ class SliceMemory:
     def weights(self, unit: Unit) -> Tensor:
         """A unit's weights, flat."""
         return self.segment.tensor(unit.info.dtype, unit.weight_offset, unit.num_elements)
-
-    def batch_weights(self, batch: Batch) -> Tensor:
-        """A batch's weights, as bytes."""
-        return self.segment.tensor(torch.uint8, batch.offset, batch.num_weight_bytes)
 
     def state(self, unit: Unit) -> list[Tensor]:
         """Where each entry of a unit's state lies, flat."""
@@ -73,6 +76,13 @@ class SliceMemory:
             for entry, memory in zip(unit.info.state, self.state(unit), strict=True)
             if entry.name != MEAN_SQUARE
         }
+
+
+def set_progress(segment: Segment, command: int) -> None:
+    """Note that the memory of a slice has seen all commands up to one."""
+    control = segment.tensor(torch.int64, 0, 8)
+    control[_PROGRESS] = command << _CURSOR_BITS
+    control[_JOURNAL] = 0
 
 
 def _shape(unit: Unit) -> tuple[int, ...]:

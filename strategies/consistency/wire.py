@@ -79,18 +79,30 @@ class Blocking:
             ConnectionError: If the other end is gone, or sends what is no message.
 
         """
-        num_header, num_payload = check_lengths(self._exactly(_LENGTHS.size))
-        header = parse_header(self._exactly(num_header))
+        header, num_payload = self.receive_header()
         return header, self._exactly(num_payload)
 
-    def _exactly(self, count: int) -> bytearray:
-        buffer = bytearray(count)
-        view = memoryview(buffer)
+    def receive_header(self) -> tuple[Header, int]:
+        """Wait for one message's header, and take its payload by :meth:`receive_into`, to where it belongs.
+
+        Returns:
+            The header, and the number of bytes that come behind it.
+
+        """
+        num_header, num_payload = check_lengths(self._exactly(_LENGTHS.size))
+        return parse_header(self._exactly(num_header)), num_payload
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill memory with what comes."""
         while view:
             received = self.sock.recv_into(view)
             if not received:
                 raise ConnectionError("the other end has closed the connection")
             view = view[received:]
+
+    def _exactly(self, count: int) -> bytearray:
+        buffer = bytearray(count)
+        self.receive_into(memoryview(buffer))
         return buffer
 
     def close(self) -> None:
@@ -201,6 +213,10 @@ class Buffered:
         del self._incoming[:TOKEN_BYTES]
         self.trusted = True
         return True
+
+    def detach(self) -> socket.socket:
+        """Give the socket away, in a forked process that is to serve it."""
+        return self.sock.dup()
 
     def close(self) -> None:
         """Hang up."""

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from squall.conf.suites import shards, staleness, stragglers
+from squall.conf.suites import shards, staleness, stragglers, wires
 from squall.conf.suites.columns import _ratio, measure
 from squall.conf.suites.links import shaped_pair, why_not
 
@@ -149,3 +149,27 @@ def test_staleness_suite_refuses_what_cant_be_held_equal() -> None:
         staleness._check(num_samples=64, batch_size=64, workers=[3], seeds=[0])
     with pytest.raises(ValueError, match="multiple"):
         staleness._check(num_samples=100, batch_size=64, workers=[2], seeds=[0])
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "namespaces can be made")
+def test_links_suite_measures_both_speed_and_bytes() -> None:
+    result = wires.measure(
+        TINY, rate="200mbit", batch_sizes=[4], num_rounds=1, num_steps=20, claims={"ddp": {4: 1e9}},
+        alternatives={
+            "alone": {"strategy": "alone", "num_steps": 150},
+            "ddp": {"strategy": "ddp"},
+            "ddp int8": {"strategy": "ddp", "hook": "int8"},
+            "ddp PowerSGD": {"strategy": "ddp", "hook": "powersgd"},
+            "downpour int8": {"strategy": "downpour", "num_steps": 24, "options": {"codec": "int8", "overlap": True}},
+        },
+    )  # fmt: skip
+    rows = {row["alternative"]: row for row in result.rows}
+    assert list(rows) == ["alone", "ddp", "ddp int8", "ddp PowerSGD", "downpour int8"]
+    assert all(row["images/s"] > 0 for row in rows.values())
+    sent = {name: row["MB sent a step"] for name, row in rows.items()}
+    assert sent["alone"] < 0.01 * sent["ddp"]
+    assert 0.2 < sent["ddp int8"] / sent["ddp"] < 0.35  # a quarter of the bytes, and headers
+    assert sent["downpour int8"] < 0.5 * sent["ddp"]
+    assert len(result.failures) == 1
+    assert result.figure is not None
+    assert not _left("squall.conf.suites.wires", "squall.consistency.host")

@@ -25,7 +25,7 @@ import squall  # noqa: F401  (registers the strategies)
 from .table import FEATURES, STRATEGIES, Entry
 
 NUM_CLASSES = 5
-_OWN_METRICS = ("crossings/", "staleness/", "updates/", "queue/", "workers/")
+_OWN_METRICS = ("bytes/", "crossings/", "staleness/", "updates/", "queue/", "workers/")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from squall.consistency import plan as plans
 from squall.consistency import snapshot
 from squall.consistency.memory import Segment
 from squall.consistency.optimizers import carry, carry_groups, hyperparameters, try_state, unpack, unpack_groups
+from squall.consistency.packing import Encoder
 from squall.consistency.plan import ParameterInfo, Plan, StateEntry, Unit, make_plan
-from squall.consistency.replica import make_encoder
 from squall.consistency.staleness import MEAN_SQUARE, StalenessRule
 from squall.consistency.updates import SliceMemory, Updater
 
@@ -83,7 +83,7 @@ class Slices:
             Segment(name, slice_.num_bytes) for name, slice_ in zip(self.names, self.plan.slices, strict=True)
         ]
         snapshot.fill(self.memories(), self.parameters, self.optimizers)
-        self._encode = make_encoder("fp32", self.plan)
+        self._encoder = Encoder("fp32", self.plan)
 
     def memories(self) -> list[SliceMemory]:
         return [SliceMemory(segment, slice_) for segment, slice_ in zip(self.segments, self.plan.slices, strict=True)]
@@ -106,7 +106,7 @@ class Slices:
         slice_ = self.plan.slices[shard]
         codes = torch.full((slice_.num_code_bytes,), 0xFF, dtype=torch.uint8)  # where nothing is written there is NaN
         flat = [None if gradient is None else gradient.reshape(-1) for gradient in gradients]
-        self._encode(slice_.units, flat, codes, shard)
+        self._encoder.encode_for(shard, flat, codes)
         return codes
 
     def push(

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 from typing import Any
-
-import pytest
 
 from squall.consistency.host import Host
 from squall.consistency.wire import Blocking, Buffered
 
 
-def test_a_connection_ended_in_the_round_it_spoke_in_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_ended_in_the_round_it_spoke_in_is_passed_over() -> None:
     """The end of a run hangs up on its workers, one of which may have said something in the same instant."""
     ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
     parent, worker = (Buffered(sock) for sock in theirs)
     host = Host(parent)
-    host.watch(worker, "worker")
     heard = []
 
     def hear(who: str, other: Buffered) -> Any:
@@ -25,11 +23,12 @@ def test_a_connection_ended_in_the_round_it_spoke_in_is_passed_over(monkeypatch:
             host.forget(other)
             host._parent = None  # and the loop is over
 
-        return said
+        return SimpleNamespace(said=said)
 
     # Whichever the system names first ends the other.
-    monkeypatch.setattr(host, "_parent_said", hear("parent", worker))
-    monkeypatch.setattr(host, "_worker_said", hear("worker", parent))
+    host._selector.unregister(theirs[0])
+    host.watch(parent, hear("parent", worker))
+    host.watch(worker, hear("worker", parent))
     for sock in ours:
         Blocking(sock).send({"op": "alive"})
     host.serve()

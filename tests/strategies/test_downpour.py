@@ -214,8 +214,11 @@ def test_buffers_are_averaged() -> None:
     assert run(2, _buffers, lightning=True) == [[1.5, 1.5]] * 2
 
 
-def _interrupted(path: str) -> tuple[Tensor, Tensor, list[Any]]:
-    """Train for two epochs; then again, broken off in the second one and resumed on other shards."""
+def _interrupted(path: str, codec: str, num_shards: tuple[int, int, int]) -> tuple[Tensor, Tensor, list[Any]]:
+    """Train for two epochs; then again, broken off in the second one and resumed, perhaps on other shards."""
+
+    def downpour(run: int) -> squall.DownpourStrategy:
+        return squall.DownpourStrategy(num_shards=num_shards[run], codec=codec)
 
     class Shuffled(Quadratic):
         pass
@@ -226,21 +229,25 @@ def _interrupted(path: str) -> tuple[Tensor, Tensor, list[Any]]:
 
     straight, resumed = Shuffled("Adam"), Shuffled("Adam")
     torch.manual_seed(5)
-    fit(straight, squall.DownpourStrategy(num_shards=1), loader(), max_epochs=2)
+    fit(straight, downpour(0), loader(), max_epochs=2)
     keep = ModelCheckpoint(path, "{step}", every_n_train_steps=31, save_top_k=-1)
     torch.manual_seed(5)
     fit(
-        Shuffled("Adam"), squall.DownpourStrategy(num_shards=2), loader(), max_epochs=2, enable_checkpointing=True,
+        Shuffled("Adam"), downpour(1), loader(), max_epochs=2, enable_checkpointing=True,
         callbacks=[keep],
     )  # fmt: skip
-    strategy = squall.DownpourStrategy(num_shards=3)
+    strategy = downpour(2)
     made = trainer(strategy, max_epochs=2)
     made.fit(resumed, loader(), ckpt_path=Path(path) / "step=31.ckpt", weights_only=True)
     return straight.up.detach(), resumed.up.detach(), [made.global_step, strategy.report["num_samples"]]
 
 
-def test_a_run_resumed_on_other_shards_is_the_run(tmp_path: Path) -> None:
-    ((straight, resumed, counts),) = run(1, _interrupted, str(tmp_path), lightning=True)
+@pytest.mark.parametrize(
+    ("codec", "num_shards"),
+    [("fp32", (1, 2, 3)), ("1bit", (2, 2, 2)), ("topk:0.2", (1, 1, 1))],  # a code's blocks are cut as shards are
+)
+def test_a_resumed_run_is_the_run(tmp_path: Path, codec: str, num_shards: tuple[int, int, int]) -> None:
+    ((straight, resumed, counts),) = run(1, _interrupted, str(tmp_path), codec, num_shards, lightning=True)
     torch.testing.assert_close(straight, resumed, rtol=1e-6, atol=0)  # vector units round a slice's tail otherwise
     assert counts == [48, 48 - 31]
 

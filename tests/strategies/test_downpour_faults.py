@@ -201,7 +201,7 @@ def test_ctrl_c_ends_everything(job: Start) -> None:
         started.trains(rank)
     assert started.launcher is not None
     os.killpg(started.launcher.pid, signal.SIGINT)
-    assert started.wait(30) == [1]
+    assert started.wait(60) == [1]
     assert not list(started.folder.glob("result-*"))
     assert "Detected KeyboardInterrupt" in started.output
 

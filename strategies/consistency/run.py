@@ -1,0 +1,267 @@
+"""One run, as the process that coordinates it sees it: workers, shards of this host, and those of other hosts."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .coordinator import Coordinator, RunOptions
+from .mailbox import NUM_SLOTS, part_name
+from .memory import Segment
+from .requests import check_request
+from .shard import ShardSpec
+from .supervisor import Loop, Shards
+from .wire import Buffered, Header
+
+_LEASES = 4  # that a silent host gets before its shards are restored here
+
+
+class Post:
+    """Another host with shards."""
+
+    def __init__(self, node: int, connection: Buffered, host: str, port: int, now: float) -> None:
+        self.node = node
+        self.connection = connection
+        self.host, self.port = host, port
+        self.ready = False
+        self.last_seen = now
+
+
+class Run:
+    """The state of one run.
+
+    Args:
+        loop: Looks after all connections.
+        number: Of the run in its job.
+        options: Of the run.
+        num_nodes: Hosts that have shards.
+
+    """
+
+    def __init__(self, loop: Loop, number: int, options: RunOptions, num_nodes: int) -> None:
+        self._loop = loop
+        self.number = number
+        self.name = f"squall-{os.getpid()}-{number}-{os.urandom(4).hex()}"
+        self.coordinator = Coordinator(options, self._send, self._command)
+        self.shards = Shards(loop, self.name, 0, self._done, self._ready, self.fail)
+        self.peers: set[Buffered] = set()
+        self.posts: dict[int, Post] = {}
+        self.num_nodes = num_nodes
+        self.spec: ShardSpec | None = None
+        self.on_go: Callable[[Header], None] | None = None
+        self._version = 0
+        self._mailboxes: set[str] = set()
+        self._ready_since = 0.0
+        self._kept_version = 0  # of the memory that is kept for other hosts' shards
+
+    def _send(self, peer: Any, header: Header, payload: bytes) -> None:
+        if peer in self.peers:
+            peer.send(header, payload)
+            self._loop.watch(peer)
+
+    def _command(self, command: Header) -> None:
+        self.shards.command(command)
+        for post in self.posts.values():
+            self._tell(post, {"op": "command", "command": command})
+
+    def _tell(self, post: Post, header: Header) -> None:
+        post.connection.send(header)
+        self._loop.watch(post.connection)
+
+    # ------------------------------------------------------------------ the beginning
+
+    def start(self, spec: ShardSpec | None, version: int, on_go: Callable[[Header], None]) -> None:
+        """Start this host's shards on memory that is filled.
+
+        Args:
+            spec: Of all shards; None where workers share memory without any.
+            version: Number of updates that the weights come from.
+            on_go: Hears when the shards are ready, or why they can't be.
+
+        """
+        self._version = self._kept_version = version
+        if spec is None:
+            self.coordinator.start(version, 0)
+            on_go({})
+            return
+        self.spec, self.on_go = spec, on_go
+        self.shards.start(spec)
+
+    def _ready(self) -> None:
+        self._ready_since = time.monotonic()
+        if self.on_go is not None:
+            self.on_go({})
+            self.on_go = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Let workers in as soon as every group of shards is somewhere."""
+        if self.spec is None or not self._ready_since or self.coordinator.started or self.coordinator.failure:
+            return
+        waits = time.monotonic() - self._ready_since < self.coordinator.options.join_timeout
+        missing = [node for node in range(1, self.num_nodes) if node not in self.posts or not self.posts[node].ready]
+        if missing and waits:
+            return
+        for node in missing:
+            sys.stderr.write(f"squall: host {node} has not come; its shards begin on host 0.\n")
+            self._adopt(node, 0)
+        self._tell_places()
+        self.coordinator.start(self._version, len(self.spec.plan.slices))
+
+    def _tell_places(self) -> None:
+        places: list[Header] = []
+        for node in range(self.num_nodes):
+            post = self.posts.get(node)
+            places.append({"node": 0} if post is None else {"node": node, "host": post.host, "port": post.port})
+        self.coordinator.places = places
+
+    def _adopt(self, node: int, last_command: int) -> None:
+        post = self.posts.pop(node, None)
+        if post is not None:
+            self._loop.forget(post.connection)
+        assert self.spec is not None
+        self.shards.adopt(self.spec.plan.group(node), last_command)
+
+    # ------------------------------------------------------------------ shards
+
+    def _done(self, shard: int, command: int) -> None:
+        if self.coordinator.started:
+            self.coordinator.shard_done(shard, command)
+
+    def fail(self, message: str) -> None:
+        """The run can't go on."""
+        self.coordinator.fail(message)
+        if self.on_go is not None:
+            self.on_go({"failed": message})
+            self.on_go = None
+
+    # ------------------------------------------------------------------ other hosts
+
+    def enlist(self, connection: Buffered, header: Header, now: float) -> None:
+        """A host offers to have shards."""
+        node, host, port = header.get("node"), header.get("host"), header.get("port")
+        if type(node) is not int or type(port) is not int or not isinstance(host, str):
+            raise ValueError(f"a host says {str(header)[:100]}")
+        known = 1 <= node < self.num_nodes and node not in self.posts and not self.coordinator.started
+        connection.send({"op": "enlisted", "run": self.name, "wanted": known})
+        self._loop.watch(connection)
+        if known:
+            self.posts[node] = Post(node, connection, host, port, now)
+
+    def post_of(self, connection: Buffered) -> Post | None:
+        """The host behind a connection."""
+        return next((post for post in self.posts.values() if post.connection is connection), None)
+
+    def post_said(self, post: Post, header: Header, now: float) -> None:
+        """Hear from another host."""
+        post.last_seen = now
+        operation = header.get("op")
+        if operation == "ready":
+            post.ready = True
+            self._begin()
+        elif operation == "done":
+            self._done(int(header["shard"]), int(header["command"]))
+        elif operation == "failed":
+            self.fail(str(header.get("message")))
+        elif operation != "alive":
+            raise ValueError(f"a host says {str(header)[:100]}")
+
+    def post_gone(self, post: Post) -> None:
+        """Restore a lost host's shards here, from the last checkpoint of them."""
+        if self.posts.get(post.node) is not post:
+            return
+        if not self.coordinator.started:
+            del self.posts[post.node]
+            self._begin()
+            return
+        version = self.coordinator.version
+        sys.stderr.write(
+            f"squall: host {post.node} was lost; its shards go on here with the weights of version"
+            f" {self._kept_version}, the last that was looked at, in place of {version}.\n"
+        )
+        self.coordinator.num_rolled_back += version - self._kept_version
+        last = self.coordinator.last_command_given
+        self._adopt(post.node, last)
+        self._tell_places()
+        self.coordinator.displace()
+        assert self.spec is not None
+        for shard in self.spec.plan.group(post.node):
+            self.coordinator.shard_done(shard, last)
+
+    def kept(self, version: int) -> None:
+        """The memory that is kept for other hosts' shards holds this version."""
+        self._kept_version = version
+
+    # ------------------------------------------------------------------ workers
+
+    def worker_said(self, peer: Buffered, header: Header, payload: bytes, now: float) -> None:
+        """Take one message of a worker."""
+        self.peers.add(peer)
+        operation = check_request(header)
+        if operation == "join" and header.get("mailbox"):
+            self._find_mailbox(header["mailbox"])
+            self._mailboxes.add(header["mailbox"])
+        elif operation == "join" and self.shards.processes:
+            raise ValueError("a worker has to name the mailbox that the shards read its pushes from")
+        elif operation in ("commit", "fetch", "write"):
+            self._check_places(header)
+        self.coordinator.handle(peer, header, payload, now)
+
+    def _find_mailbox(self, name: str) -> None:
+        """Shards attach to it by its name, and it is unlinked in the end: it must be there, and one of this run's."""
+        if not name.startswith(f"{self.name}-w") or not name.isascii():
+            raise ValueError(f"{name[:80]!r} is no mailbox of this run")
+        groups = [node for node in range(self.num_nodes) if node not in self.posts]
+        try:
+            for group in groups:
+                Segment(part_name(name, self.name, 0, group))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the mailbox {name[:80]!r} can't be attached to: {error}") from error
+
+    def _check_places(self, header: Header) -> None:
+        """A place that no mailbox has would be an error in a shard, and the end of the run."""
+        num_buffers = 2 if self.spec is None else self.spec.num_buffers
+        buffers = [header.get(name) for name in ("base_buffer", "fetch", "buffer")]
+        if header.get("slot", 0) >= NUM_SLOTS or any(b is not None and b >= num_buffers for b in buffers):
+            raise ValueError(f"a mailbox has {NUM_SLOTS} slots and {num_buffers} buffers: {str(header)[:200]}")
+
+    def worker_gone(self, peer: Buffered, now: float) -> None:
+        """A worker's connection has ended."""
+        if peer in self.peers:
+            self.peers.discard(peer)
+            self.coordinator.lost(peer, now)
+
+    # ------------------------------------------------------------------ from time to time
+
+    def look_after(self, now: float) -> None:
+        """Do what is due."""
+        self.coordinator.tick(now)
+        used = {worker.mailbox for worker in self.coordinator.live}
+        for name in self._mailboxes - used:
+            self._mailboxes.discard(name)
+            self.shards.forget(name)
+            for post in self.posts.values():
+                self._tell(post, {"op": "forget", "mailbox": name})
+        self.shards.look_after()
+        for post in list(self.posts.values()):
+            if now - post.last_seen > _LEASES * self.coordinator.options.lease_timeout:
+                self.post_gone(post)
+        self._begin()
+
+    def excuse(self, seconds: float) -> None:
+        """Nobody could be heard for so long, through no fault of theirs."""
+        self.coordinator.excuse(seconds)
+        for post in self.posts.values():
+            post.last_seen += seconds
+
+    def end(self) -> None:
+        """Hang up, and leave nothing behind."""
+        for post in self.posts.values():
+            self._loop.forget(post.connection)
+        self.posts.clear()
+        for peer in list(self.peers):
+            self._loop.forget(peer)
+        self.shards.end()

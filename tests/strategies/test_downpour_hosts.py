@@ -1,0 +1,132 @@
+"""Downpour on several hosts, each with shards of its own: on loopback, where every host is a folder of shared memory.
+
+What a wire does to it (a link that is shaped, taken down, or gone with its host) is in ``test_downpour_links``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+import squall
+from squall.consistency.hosting import get_host
+from tests.ranks import free_port, run
+
+from .test_downpour import START, Constant, rows
+
+SECRET = "nobody will ever guess this"
+
+
+def _be_host(num_nodes: int, per_node: int) -> None:
+    rank = int(os.environ["RANK"])
+    os.environ.update(
+        NODE_RANK=str(rank // per_node), LOCAL_RANK=str(rank % per_node), SQUALL_SECRET=SECRET,
+        WORLD_SIZE=str(num_nodes * per_node),
+    )  # fmt: skip
+
+
+def _fit(num_nodes: int, per_node: int, port: int, strategy: dict[str, Any], module: dict[str, Any]) -> dict[str, Any]:
+    _be_host(num_nodes, per_node)
+    os.environ["SQUALL_PORT"] = str(port)
+    made = squall.DownpourStrategy(**strategy)
+    constant = Constant(**module)
+    trainer = Trainer(
+        strategy=made, accelerator="cpu", devices=per_node, num_nodes=num_nodes, max_epochs=2, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(constant, rows())
+    return {
+        "up": constant.up.detach().clone(),
+        "down": constant.down.detach().clone(),
+        "steps": trainer.global_step,
+        "report": dict(made.report),
+        "state": [dict(s) for s in trainer.optimizers[0].state.values()] if trainer.is_global_zero else None,
+    }
+
+
+def fit_on_hosts(num_nodes: int, per_node: int, strategy: dict[str, Any], **module: Any) -> list[dict[str, Any]]:
+    ends: list[dict[str, Any]] = run(
+        num_nodes * per_node, _fit, num_nodes, per_node, free_port(), strategy, module, lightning=True
+    )
+    return ends
+
+
+@pytest.mark.parametrize(("num_nodes", "per_node"), [(2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_shards": 2},
+        {"overlap": True},
+        {"push_every": 3, "fetch_every": 3, "overlap": True},
+        {"fetch_every": 2},
+        {"codec": "bf16"},
+        {"codec": "int8", "overlap": True},
+        {"codec": "1bit"},
+        {"staleness_rule": "delay_compensated", "codec": "bf16"},
+        {"max_staleness": 1},
+        {"warm_start_steps": 5},
+    ],
+    ids=str,
+)
+def test_every_push_is_applied_once(num_nodes: int, per_node: int, options: dict[str, Any]) -> None:
+    ends = fit_on_hosts(num_nodes, per_node, options)
+    for end in ends:
+        assert end["report"]["num_samples"] == 48
+        assert end["report"]["num_lost"] == end["report"]["num_rolled_back"] == 0
+        assert end["steps"] == end["report"]["version"]
+        assert torch.equal(end["up"], ends[0]["up"])
+        assert torch.equal(end["down"], ends[0]["down"])
+        if "staleness_rule" not in options:  # which makes another gradient of it
+            assert torch.equal(end["up"], torch.full((7, 3), START - 0.125 * 48))
+            assert torch.equal(end["down"], torch.full((5,), START + 0.25 * 48))
+    if options.get("push_every", 1) == 1:
+        assert ends[0]["steps"] == 48
+
+
+def _fit_and_lose_a_host(port: int, at: int) -> dict[str, Any]:
+    """The process beside rank 1 is killed, and with it its shards and all that they had learned."""
+    _be_host(2, 1)
+    os.environ["SQUALL_PORT"] = str(port)
+
+    class Kill(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_rank == 1 and trainer.strategy._num_steps == at:
+                get_host().process.kill()
+
+    strategy = squall.DownpourStrategy(lease_timeout=2.0)
+    module = Constant()
+    trainer = Trainer(
+        strategy=strategy, accelerator="cpu", devices=1, num_nodes=2, max_epochs=1, logger=False, callbacks=[Kill()],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, rows(200))
+    left = [name for name in os.listdir("/dev/shm") if name.startswith(f"{strategy._run_name}.n1-")]
+    return {
+        "up": module.up.detach().clone(),
+        "down": module.down.detach().clone(),
+        "report": dict(strategy.report),
+        "left": left if trainer.global_rank == 1 else [],
+    }
+
+
+def test_a_lost_hosts_shards_go_on_elsewhere() -> None:
+    ends = run(2, _fit_and_lose_a_host, free_port(), 5, lightning=True)
+    report = ends[0]["report"]
+    assert report["num_samples"] == 200
+    assert report["version"] == 200
+    assert report["num_live"] == 2
+    in_vain = report["num_rolled_back"]
+    assert in_vain >= 5
+    assert ends[1]["left"] == []  # of the host that was killed
+    weights = torch.cat([ends[0]["up"].flatten(), (ends[0]["down"] - START) / -2 + START])
+    moved = (START - weights) / 0.125
+    assert set(moved.tolist()) == {200.0, 200.0 - in_vain}  # the first half was on the host that is there
+    assert torch.equal(moved[:13], torch.full((13,), 200.0))
+    for end in ends:
+        assert torch.equal(end["up"], ends[0]["up"])
+        assert torch.equal(end["down"], ends[0]["down"])
