@@ -109,10 +109,7 @@ class Host:
         before = time.monotonic()
         while not self._is_over():
             ready = self._selector.select(timeout=0.5)
-            begun = time.monotonic()
-            if begun - before > _STOPPED_SECONDS and self._run is not None:
-                self._run.excuse(begun - before)  # this process stood still, perhaps the whole host
-            before = begun
+            before = self._excuse_since(before)
             for key, events in ready:
                 if key.fileobj is self._listener:
                     self._accept()
@@ -125,7 +122,7 @@ class Host:
                     self.watch(connection)
                 if events & selectors.EVENT_READ:
                     self._read(connection, who)
-            now = time.monotonic()
+            before = now = self._excuse_since(before)
             for connection in [c for c, deadline in self._deadlines.items() if deadline < now]:
                 self.forget(connection)
             for part in (self._run, self._outpost):
@@ -135,6 +132,21 @@ class Host:
             if part is not None:
                 part.end()
         self._drop_record()
+
+    def _excuse_since(self, before: float) -> float:
+        """Give all that nobody could be heard for, if this process stood still, and perhaps the whole host.
+
+        Args:
+            before: When it last looked at the clock.
+
+        Returns:
+            The time now.
+
+        """
+        now = time.monotonic()
+        if now - before > _STOPPED_SECONDS and self._run is not None:
+            self._run.excuse(now - before)
+        return now
 
     def _drop_record(self) -> None:
         """Remove what the process that started this one would have, had it not been killed."""
