@@ -111,8 +111,9 @@ class Host:
             ready = self._selector.select(timeout=0.5)
             before = self._excuse_since(before)
             for key, events in ready:
-                if key.fileobj is self._listener:
-                    self._accept()
+                if key.data is None:
+                    if key.fileobj is self._listener:  # and not one that was closed in this round
+                        self._accept()
                     continue
                 connection, who = key.data
                 if connection.sock.fileno() < 0:  # what came before it in this round ended it
@@ -262,23 +263,30 @@ class Host:
             self.reply(header, values)
 
     def _do_open(self, header: Header, payload: bytes) -> Header:
-        """Listen, for workers of a job that hold its token."""
-        self._token = bytes.fromhex(header["token"]) if header.get("token") else new_token()
-        self._num_runs = 0
-        self._record = str(header.get("record", ""))
-        self._opening = os.urandom(8).hex()
-        for peer, _, _ in self._waiting:  # for a run of the job that was here before
-            self.forget(peer)
-        self._waiting.clear()
-        port = self._listen(header["address"], header.get("port", 0))
+        """Listen, for workers of a job that hold its token: on a port, on it if it is free, or on any."""
+        if not header.get("same"):  # and not the job that is here, on another port
+            self._token = bytes.fromhex(header["token"]) if header.get("token") else new_token()
+            self._num_runs = 0
+            self._record = str(header.get("record", ""))
+            self._opening = os.urandom(8).hex()
+            for peer, _, _ in self._waiting:  # for a run of the job that was here before
+                self.forget(peer)
+            self._waiting.clear()
+        port = self._listen(header["address"], header.get("port", 0), header.get("preferred", 0))
         return {"port": port, "token": self._token.hex(), "opening": self._opening}
 
-    def _listen(self, address: str, port: int) -> int:
+    def _listen(self, address: str, port: int, preferred: int = 0) -> int:
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()
+            self._listener = None
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._listener = socket.create_server((address, port), family=family, backlog=128)
+        try:
+            self._listener = socket.create_server((address, port or preferred), family=family, backlog=128)
+        except OSError:
+            if port or not preferred:
+                raise
+            self._listener = socket.create_server((address, 0), family=family, backlog=128)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         return int(self._listener.getsockname()[1])

@@ -202,6 +202,11 @@ class Job:
         return str(socket.getaddrinfo(self.main_address, None, type=socket.SOCK_STREAM)[0][4][0])
 
     @property
+    def port(self) -> int:
+        """The job's own port; 0 if it is known by a name."""
+        return self.main_port if isinstance(self.main_port, int) else 0
+
+    @property
     def interface(self) -> str:
         """Where rank 0 listens. On many hosts their own name is a loopback address, which no other host could reach."""
         resolved = self.address
@@ -244,13 +249,16 @@ def open_job(job: Job) -> Address:
         job: As all ranks know it.
 
     """
-    if job in _opened and _host is not None and _host.is_ours:
+    known = job in _opened and _host is not None and _host.is_ours
+    agreed = job.agreed
+    if known and agreed is not None:
         return _opened[job]
     host = get_host()
     for other in list(_opened):
-        _forget(other)
-    agreed = job.agreed
-    request: Header = {"op": "open", "address": job.interface}
+        if not known:
+            _forget(other)
+    # The job's own port is held meanwhile, as under DDP: another job of the same port would have the same record.
+    request: Header = {"op": "open", "address": job.interface, "same": known, "preferred": job.port}
     if agreed is not None:
         request |= {"port": agreed.port, "token": agreed.token.hex()}
     else:
@@ -265,9 +273,24 @@ def open_job(job: Job) -> Address:
     found = Address(job.interface, int(reply["port"]), bytes.fromhex(reply["token"]), str(reply["opening"]))
     _opened[job] = found
     if agreed is None:
-        said = {"host": found.host, "port": found.port, "token": found.token.hex(), "opening": found.opening}
-        _write(job.record, {**said, "pid": os.getpid(), "node": socket.gethostname()})
+        _leave_word(job, found)
     return found
+
+
+def _leave_word(job: Job, address: Address) -> None:
+    said = {"host": address.host, "port": address.port, "token": address.token.hex(), "opening": address.opening}
+    _write(job.record, {**said, "pid": os.getpid(), "node": socket.gethostname()})
+
+
+def give_port_back() -> None:
+    """Listen on another port than the jobs' own, which what comes after ``fit`` may want: a process group does."""
+    if _host is None or not _host.is_ours:
+        return
+    for job, address in list(_opened.items()):
+        if job.agreed is None and address.port == job.port:
+            reply = _host.request({"op": "open", "address": job.interface, "same": True})
+            _opened[job] = moved = replace(address, port=int(reply["port"]))
+            _leave_word(job, moved)
 
 
 def enlist(address: Address, node: int, run: int) -> bool:
@@ -287,9 +310,11 @@ def enlist(address: Address, node: int, run: int) -> bool:
 
 
 def _forget(job: Job) -> None:
-    _opened.pop(job, None)
-    with contextlib.suppress(OSError):
-        job.record.unlink()
+    address = _opened.pop(job)
+    record = _read(job.record)
+    if record is not None and record["token"] == address.token.hex():  # and not another job's by now
+        with contextlib.suppress(OSError):
+            job.record.unlink()
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -322,8 +347,8 @@ def find_job(job: Job, timeout: float = _PATIENCE) -> Address:
             if record is not None:
                 token, opening = bytes.fromhex(record["token"]), str(record["opening"])
                 address = Address(str(record["host"]), int(record["port"]), token, opening)
-        if address is not None and job.num_nodes > 1:
-            address = _ask(address)  # a file in a home directory may be of a program that is gone
+        if address is not None:
+            address = _ask(address)  # what was found may be of another job, which is over
         if address is not None:
             return address
         if time.monotonic() > deadline:

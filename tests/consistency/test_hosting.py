@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from squall.consistency import hosting
-from squall.consistency.hosting import Address, Job, find_job
+from squall.consistency.hosting import Address, Job, find_job, open_job
+from tests.ranks import free_port
 
 
 def test_one_hosts_job_is_on_loopback_whatever_the_launcher_says() -> None:
@@ -68,3 +71,49 @@ def test_a_hosts_name_that_is_its_loopback_is_not_where_it_listens(monkeypatch: 
             assert job.interface == "127.0.1.1"  # a host without any other network
             return
         assert job.interface == probe.getsockname()[0]
+
+
+@pytest.fixture
+def own_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A host process of this test's own, and a folder for its word."""
+    monkeypatch.setattr(hosting.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(hosting, "_host", None)
+    monkeypatch.setattr(hosting, "_opened", {})
+    yield
+    hosting._close()
+
+
+@pytest.mark.usefixtures("own_host")
+def test_a_job_holds_its_port_until_a_process_group_wants_it() -> None:
+    job = Job(main_port=free_port())
+    address = open_job(job)
+    assert address.port == job.port
+    assert find_job(job) == address
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server(("127.0.0.1", job.port))
+    hosting.give_port_back()
+    socket.create_server(("127.0.0.1", job.port)).close()
+    moved = find_job(job)
+    assert (moved.token, moved.opening) == (address.token, address.opening)
+    assert moved.port != job.port
+    assert open_job(job) == address  # the next fit of the same program
+
+
+@pytest.mark.usefixtures("own_host")
+def test_a_port_that_is_taken_is_done_without() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:  # a launcher's own store, say
+        job = Job(main_port=int(other.getsockname()[1]))
+        address = open_job(job)
+        assert address.port != job.port
+        assert find_job(job) == address
+
+
+@pytest.mark.usefixtures("own_host")
+def test_what_another_job_of_the_same_port_has_left_is_not_believed() -> None:
+    job = Job(main_port=free_port())
+    address = open_job(job)
+    hosting._leave_word(job, replace(address, token=bytes(32)))
+    with pytest.raises(RuntimeError, match="has not opened"):
+        find_job(job, timeout=0.2)
+    hosting._forget(job)
+    assert job.record.exists(), "it is another's"
