@@ -274,6 +274,8 @@ class Job:
             self.launcher = subprocess.Popen(
                 [sys.executable, "script.py", self.statement], cwd=self.folder, stdout=output, stderr=output,
                 env={**environment, **self._environment()}, start_new_session=True,
+                # What runs in a shell's background ignores Ctrl-C, and so does all that it starts.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )  # fmt: skip
         return self
 
