@@ -116,7 +116,7 @@ class Porter:
 
     def _read(self, header: Header) -> memoryview | bytes:
         shard = header.get("shard")
-        if shard not in self._memories:
+        if type(shard) is not int or shard not in self._memories:
             raise WireError(f"shard {str(shard)[:40]} is not here")
         segment = Segment(self._memories[shard])
         parts = []

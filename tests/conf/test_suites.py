@@ -64,6 +64,7 @@ for _ in range(100):
     assert not any(name in listed for name in names)
 
 
+@pytest.mark.asynchronous
 def test_stragglers_suite_compares_with_what_each_does_alone() -> None:
     result = stragglers.measure(
         TINY, batch_size=8, slowdown=4.0, num_oversubscribed=3, num_rounds=1, num_steps=8, downpour={}
@@ -102,6 +103,7 @@ def test_shards_suite_fails_below_half_the_speed_and_off_the_weights() -> None:
     assert len(shards._result(8, [fast | {"shard": 2.1}], error=float("nan")).failures) == 2
 
 
+@pytest.mark.asynchronous
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 def test_staleness_suite_holds_all_but_staleness_equal_and_resumes(tmp_path: Path) -> None:
     arguments = {
@@ -151,6 +153,7 @@ def test_staleness_suite_refuses_what_cant_be_held_equal() -> None:
         staleness._check(num_samples=100, batch_size=64, workers=[2], seeds=[0])
 
 
+@pytest.mark.asynchronous
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "namespaces can be made")
 def test_links_suite_measures_both_speed_and_bytes() -> None:
     result = wires.measure(

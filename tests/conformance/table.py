@@ -43,9 +43,7 @@ STRATEGIES = (
     Entry("column_parallel", 2, 1, "column_parallel"),
     Entry("column_parallel 2x2", 4, 2, "column_parallel"),
     Entry("downpour", 1, 1, "downpour"),
-    Entry("downpour 2", 2, 1, "downpour", exact=False),
     Entry("hogwild", 1, 1, "hogwild"),
-    Entry("hogwild 2", 2, 1, "hogwild", exact=False),
 )
 # Those whose ranks don't wait for each other.
 ASYNCHRONOUS = tuple(entry.name for entry in STRATEGIES if entry.strategy in ("downpour", "hogwild"))

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import squall
 from tests.ranks import free_port, run
 
+pytestmark = pytest.mark.asynchronous
+
 LR = 0.125  # a power of two, like all gradients here: sums of them are exact in any order
 START = 8.0
 

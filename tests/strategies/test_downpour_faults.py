@@ -16,6 +16,8 @@ import torch
 
 from .fault_programs import Job, Nursery, poll
 
+pytestmark = pytest.mark.asynchronous
+
 Start = Callable[..., Job]
 
 

@@ -18,6 +18,8 @@ from tests.ranks import free_port, run
 
 from .test_downpour import START, Constant, rows
 
+pytestmark = pytest.mark.asynchronous
+
 SECRET = "nobody will ever guess this"
 
 

@@ -19,7 +19,10 @@ from squall.conf.suites.links import Link, shaped_pair, why_not
 
 from .test_downpour import LR, START
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "namespaces can be made")
+pytestmark = [
+    pytest.mark.asynchronous,
+    pytest.mark.skipif(bool(why_not()), reason=why_not() or "namespaces can be made"),
+]
 SECRET = "of a wire that comes and goes"
 ROOT = Path(__file__).resolve().parents[2]
 

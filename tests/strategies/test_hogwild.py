@@ -21,7 +21,7 @@ from tests.strategies import hogwild_programs as programs
 from tests.strategies.hogwild_programs import LR, Net, samples, trainer
 
 _SILENT = pytest.mark.filterwarnings("ignore")
-pytestmark = _SILENT
+pytestmark = [_SILENT, pytest.mark.asynchronous]
 
 
 def _same(one: Any, other: Any, where: str = "") -> None:
