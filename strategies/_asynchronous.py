@@ -23,7 +23,8 @@ from ._leases import LeasedBatches, LeaseFetcher, can_be_leased, lease, leased_b
 from ._live_ranks import LiveRanks
 from .consistency.client import LeaderLostError
 from .consistency.coordinator import LEADER
-from .consistency.hosting import give_port_back, tidy
+from .consistency.hosting import tidy
+from .consistency.jobs import give_port_back
 from .consistency.optimizers import adopt, hyperparameters
 from .consistency.queue import Ticket
 

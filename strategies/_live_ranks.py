@@ -19,15 +19,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from .consistency.client import Client, LeaderLostError, RevokedError, RunFailedError
+from .consistency.client import Client, CoordinatorGoneError, LeaderLostError, RevokedError, RunFailedError
 from .consistency.coordinator import LEADER
-from .consistency.hosting import Job, enlist, find_job, get_host, open_job, tidy
+from .consistency.hosting import get_host, tidy
+from .consistency.jobs import PATIENCE, Job, enlist, find_job, open_job
 from .consistency.mailbox import HostLostError
 from .launching import HydraAwareLauncher
 
 # How many runs of each job this process has taken part in. A job is not known by its port: ports are used again.
 _runs: dict[str, int] = {}
-_PATIENCE = 120.0  # seconds in which a job of several hosts must be found
 
 
 class LiveRanks(DDPStrategy):
@@ -129,19 +129,26 @@ class LiveRanks(DDPStrategy):
 
     def _come_to(self, job: Job) -> Client:
         """Find the coordinator; again, if what was found was another job's, which is over."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while True:
             address = find_job(job)
-            number = _runs[address.opening] = _runs.get(address.opening, 0) + 1
+            number = _runs.get(address.opening, 0) + 1
             try:
                 self._has_shards = job.num_nodes > 1 and self.local_rank == 0
                 if self._has_shards:
                     self._has_shards = enlist(address, self.node_rank, number)
-                return Client(address, self.global_rank, number, self._lease_timeout / 4)
-            except (RunFailedError, OSError, MisconfigurationException):
+                client = Client(address, self.global_rank, number, self._lease_timeout / 4)
+            except (CoordinatorGoneError, OSError, MisconfigurationException):
+                if time.monotonic() > deadline:
+                    raise
+            except RunFailedError:
+                _runs[address.opening] = number
                 if job.num_nodes == 1 or time.monotonic() > deadline:
                     raise
-                time.sleep(0.2)
+            else:
+                _runs[address.opening] = number
+                return client
+            time.sleep(0.2)
 
     def _run_options(self, trainer: Trainer) -> dict[str, Any]:
         return {
@@ -161,7 +168,11 @@ class LiveRanks(DDPStrategy):
         """Exchange values with all live workers, in a place that they all come to."""
         place = f"{kind} {_call_site(4)}"
         number = self._num_meetings[place] = self._num_meetings.get(place, -1) + 1
-        return self.client.meet(f"{place} {number}", kind, value)
+        while True:
+            try:
+                return self.client.meet(f"{place} {number}", kind, value)
+            except RevokedError:  # given up, but not in the loop: nothing is lost by coming again
+                self.client.greet()
 
     def _share(self, kind: str, value: Any, write: bool = True) -> dict[int, Any]:
         """Exchange values without waiting, under a name that this line of the program has on every rank."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gc
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
 from lightning.fabric.utilities.types import ReduceOp
 from lightning.pytorch import LightningModule
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -39,14 +36,8 @@ class MeshStrategy(DDPStrategy):
         num_columns: Ranks of one replica.
         data_parallel_size: Number of replicas; left at 1, as many as the devices make.
         batches: ``"auto"`` or ``"broadcast"``, see :class:`~squall.placement.batches.BatchSupply`.
-        start_method: How Lightning starts processes.
         timeout: How long a collective may wait; None for torch's default.
-        process_group_backend: Passed on to Lightning, like all that follow.
-        accelerator: What the ranks run on.
-        parallel_devices: The devices of this host.
-        cluster_environment: Who starts the processes.
-        checkpoint_io: How files are written.
-        precision_plugin: Numerical precision.
+        **options: Passed on to Lightning.
 
     Raises:
         MisconfigurationException: If an argument makes no mesh.
@@ -59,25 +50,10 @@ class MeshStrategy(DDPStrategy):
         data_parallel_size: int,
         batches: BatchSource,
         *,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         timeout: timedelta | None = None,
-        process_group_backend: str | None = None,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            start_method=start_method,
-            timeout=default_pg_timeout if timeout is None else timeout,
-        )
+        super().__init__(timeout=default_pg_timeout if timeout is None else timeout, **options)
         for name, value in (("num_columns", num_columns), ("data_parallel_size", data_parallel_size)):
             if not isinstance(value, int) or value < 1:
                 raise MisconfigurationException(f"{name}={value!r} must be a whole number, 1 or more.")

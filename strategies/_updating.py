@@ -23,6 +23,7 @@ from ._asynchronous import AsynchronousStrategy, callbacks_of
 from .consistency import snapshot as snapshots
 from .consistency.buffers import BufferAverage
 from .consistency.client import RevokedError
+from .consistency.hosting import rest
 from .consistency.mailbox import HostLostError
 from .consistency.optimizers import Hyperparameters, adopt, hyperparameters
 from .consistency.staleness import StalenessStatistics
@@ -60,6 +61,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         self._num_members: dict[Optimizer, int] = {}
         self._sent_hyper: list[Hyperparameters] | None = None
         self._version = 0
+        self._all_have_ended = False
         self._last_report: dict[str, Any] = {}
         self._unstep: list[Callable[[], None]] = []
         self._events: list[list[Any]] = []
@@ -169,7 +171,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         self._buffers = BufferAverage(self.lightning_module)
         if self._has_shards and not self.client.welcome["started"]:
             self._lay_out()
-        self._join()
+        self._rejoining(self._join)
         for optimizer in self.optimizers:
             self._num_members[optimizer] = sum(len(group["params"]) for group in optimizer.param_groups)
             self._take_over_step(optimizer)
@@ -318,8 +320,8 @@ class UpdatingStrategy(AsynchronousStrategy):
     def on_validation_start(self) -> None:
         """Validate one reading of the weights, whatever the others do meanwhile."""
         if self._in_loop:
-            keeps = any(isinstance(callback, Checkpoint) for callback in callbacks_of(self._trainer))
-            self._take_snapshot(with_state=keeps)
+            saves = any(isinstance(callback, Checkpoint) for callback in callbacks_of(self._trainer))
+            self._take_snapshot(with_state=saves or self.num_nodes > 1)  # or a host may be lost, and its shards
             self._log_histogram()
 
     def _log_histogram(self) -> None:
@@ -384,6 +386,7 @@ class UpdatingStrategy(AsynchronousStrategy):
             self._count(self._version + 1)
             self._give_steps_back()
         super()._end_loop(trainer)
+        self._all_have_ended = True
 
     def _keep_the_end(self) -> None:
         """Know what the run came to: the leader with the optimizers' state, the others without."""
@@ -426,6 +429,9 @@ class UpdatingStrategy(AsynchronousStrategy):
         self._buffers = self._snapshot = None
         self._sent_hyper = None
         self._num_members.clear()
+        if self.is_leader and (self._all_have_ended or self.world_size == 1):
+            rest()  # after an exception others may still need the weights
+        self._all_have_ended = False
         super()._leave_run()
 
 

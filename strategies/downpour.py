@@ -26,7 +26,7 @@ from .consistency.memory import Segment
 from .consistency.optimizers import carry, carry_groups, try_state
 from .consistency.packing import Sums
 from .consistency.plan import ParameterInfo, Plan, StateEntry, make_plan
-from .consistency.replica import PushLostError, Replica
+from .consistency.replica import Replica
 from .consistency.shard import ShardSpec
 from .consistency.staleness import MEAN_SQUARE, StalenessRule
 from .consistency.updates import SliceMemory
@@ -66,7 +66,8 @@ class DownpourStrategy(UpdatingStrategy):
         num_columns: Reserved for replicas in columns; only 1 is accepted.
         sparsity: Reserved for sparse weights; only ``None`` is accepted.
         overlap: Compute the next gradient while the last one is carried and applied: nobody waits for a shard or a
-            wire, and every gradient is an update staler.
+            wire, and every gradient is an update staler. What callbacks write into rank 0's weights counts where
+            these have been looked at, at validation or a checkpoint; elsewhere the weights on their way replace it.
         lease_timeout: Seconds without a sign of life after which a worker counts as lost. Workers give such signs
             while they compute.
         join_timeout: Seconds that the first workers wait for the others, before they begin without them.
@@ -155,6 +156,7 @@ class DownpourStrategy(UpdatingStrategy):
         self._replica: Replica | None = None
         self._plan: Plan | None = None
         self._accrued = Sums(0)
+        self._copied: dict[int, snapshots.Copied] = {}  # what was read of other hosts' shards
 
     def _run_options(self, trainer: Trainer) -> dict[str, Any]:
         return {
@@ -245,6 +247,7 @@ class DownpourStrategy(UpdatingStrategy):
             if self.is_leader and self._resumed.get("owed"):
                 self._replica.owe([row.to(torch.float32) for row in self._resumed["owed"]])
         self._replica.join()
+        self._return_lost()
         self._version = max(self._version, self._replica.version)
 
     # ------------------------------------------------------------------ a step
@@ -264,7 +267,16 @@ class DownpourStrategy(UpdatingStrategy):
         reference = None if self._snapshot is None else self._snapshot.weights
         if reference is not None:
             self._collect(wait=True)
-        return self.replica.write_if_edited(reference, look=first or reference is not None)
+        look = first or reference is not None
+        try:
+            return self.replica.write_if_edited(reference, look=look)
+        except HostLostError:
+            edited = [parameter.detach().clone() for parameter in self._parameters]
+            self.replica.join()
+            with torch.no_grad():
+                for parameter, weight in zip(self._parameters, edited, strict=True):
+                    parameter.data.copy_(weight)
+            return self.replica.write_if_edited(look=True)
 
     def _step(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
         gradients = self._gradients_of(optimizer)
@@ -298,22 +310,27 @@ class DownpourStrategy(UpdatingStrategy):
 
     def _collect(self, wait: bool) -> None:
         """Take what has come back of a push that was carried to other hosts meanwhile."""
-        lost: list[PushLostError] = []
 
         def collect() -> None:
-            try:
-                result = self.replica.collect(wait)
-            except PushLostError as error:
-                lost.append(error)
-                raise
+            result = self.replica.collect(wait)
             if result is not None:
                 self._version = max(self._version, result.version)
                 if not result.applied:
                     self.replica.fetch()
 
         self._rejoining(collect)
-        for error in lost:
-            self._call({"op": "return", "tickets": error.tickets, "lost": True})
+
+    def _rejoin(self, greets: bool = True) -> None:
+        if self._replica is not None:
+            self._replica.forget_courier()  # as the generation that sent it
+        super()._rejoin(greets)
+
+    def _return_lost(self) -> None:
+        """Give batches back whose gradients could not be applied, since shards had moved."""
+        if self.replica.lost:
+            tickets, self.replica.lost = self.replica.lost, []
+            self._sent_hyper = None  # it went with them
+            self.client.call({"op": "return", "tickets": tickets, "lost": True})
 
     def _push(self, gradients: Sequence[Tensor | None], fetch: bool) -> None:
         if self.overlap:
@@ -328,11 +345,7 @@ class DownpourStrategy(UpdatingStrategy):
             if self.overlap and fetch and self.replica.is_far:
                 self.replica.push_later(gradients, tickets, hyper, buffers)
                 return
-            try:
-                result = self.replica.push(gradients, tickets, fetch, hyper, buffers)
-            except HostLostError:  # before it was applied
-                self.replica.join()
-                result = self.replica.push(gradients, tickets, fetch, hyper, buffers)
+            result = self.replica.push(gradients, tickets, fetch, hyper, buffers)
             self._version = result.version
             if fetch and not self.overlap:
                 self.replica.land()
@@ -360,14 +373,15 @@ class DownpourStrategy(UpdatingStrategy):
         while True:
             try:
                 self.replica.settle()
+                self._copied.clear()
                 shot = snapshots.take(self.client, self._plan, self._attach, with_state)
+                if with_state:
+                    shot = replace(shot, owed=self.replica.owed())
                 break
             except HostLostError:
                 self.replica.join()
-        if with_state:
-            shot = replace(shot, owed=self.replica.owed())
         if with_state and self.is_leader and self.num_nodes > 1:
-            get_host().request({"op": "kept", "version": shot.version})
+            self._keep_copies(shot.version)
         with torch.no_grad():
             for parameter, weight in zip(self._parameters, shot.weights, strict=True):
                 parameter.data.copy_(weight)
@@ -380,17 +394,23 @@ class DownpourStrategy(UpdatingStrategy):
         slice_ = self._plan.slices[shard]
         mailbox = self.replica.remote(shard)
         if mailbox is None:
-            group = next(g for g in range(self._plan.num_groups) if shard in self._plan.group(g))
-            return SliceMemory(Segment(f"{self.replica.prefix(group)}-s{shard}"), slice_)
+            prefix = self.replica.prefix(self._plan.group_of(shard))
+            return SliceMemory(Segment(f"{prefix}-s{shard}"), slice_)
         ranges = snapshots.ranges_of(slice_, with_state)
-        data = mailbox.read(shard, ranges)
-        if with_state and self.is_leader:
-            kept = snapshots.Copied.of(Segment(f"{self._run_name}-s{shard}"), slice_.num_bytes)
-            kept.fill(ranges, data)
-            return SliceMemory(kept, slice_)
         copied = snapshots.Copied(slice_.num_bytes)
-        copied.fill(ranges, data)
+        copied.fill(ranges, mailbox.read(shard, ranges))
+        self._copied[shard] = copied
         return SliceMemory(copied, slice_)
+
+    def _keep_copies(self, version: int) -> None:
+        """Keep what was read of other hosts' shards where it is found should one be lost."""
+        assert self._plan is not None
+        for shard, copied in self._copied.items():
+            num_bytes = self._plan.slices[shard].num_bytes
+            kept = Segment(f"{self._run_name}-s{shard}").tensor(torch.uint8, 0, num_bytes)
+            kept.copy_(copied.tensor(torch.uint8, 0, num_bytes))
+        self._copied.clear()
+        get_host().request({"op": "kept", "version": version})
 
     def _leave_snapshot(self) -> None:
         self.replica.fetch()

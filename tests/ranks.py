@@ -1,7 +1,8 @@
 """Run a test's function on several real processes, with a real process group, and bring back what each returned.
 
-Starting a process costs seconds of imports, so the processes are kept between tests; each call gets a process group
-of its own. A call that hangs, dies or raises takes its processes with it, and the next call starts new ones.
+Starting a process costs seconds of imports (a minute of them on a busy machine), so the processes are kept between
+tests, and no call's time begins before they are there; each call gets a process group of its own. A call that hangs,
+dies or raises takes its processes with it, and the next call starts new ones.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+_START_SECONDS = 250
+_LATEST_SECONDS = 60  # that a rank may answer after another
+
 
 class RankError(AssertionError):
     """A function failed on one of the ranks."""
@@ -32,6 +36,9 @@ def _serve(rank: int, num_ranks: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     devnull = open(os.devnull, "w")  # noqa: SIM115  (lives as long as the process)
     os.dup2(devnull.fileno(), 1)
+    import squall  # noqa: F401
+
+    connection.send("ready")
     while True:
         try:
             task = connection.recv()
@@ -75,6 +82,11 @@ class _Pool:
         ]
         for process in self.processes:
             process.start()
+        for connection in self.connections:
+            if not connection.poll(_START_SECONDS):
+                self.stop()
+                raise RankError(f"{num_ranks} processes have not started within {_START_SECONDS} s")
+            connection.recv()
 
     def stop(self) -> None:
         for process in self.processes:
@@ -86,12 +98,13 @@ class _Pool:
 _pools: dict[int, _Pool] = {}
 
 
-def _stop_all() -> None:
+def stop_all() -> None:
+    """End the processes that are kept: they have some hundred megabytes each."""
     while _pools:
         _pools.popitem()[1].stop()
 
 
-atexit.register(_stop_all)
+atexit.register(stop_all)
 
 
 def free_port() -> int:
@@ -135,7 +148,7 @@ def run(
         replies: dict[int, tuple[str, Any]] = {}
         pending = dict(enumerate(pool.connections))
         while pending:
-            ready = wait(list(pending.values()), timeout=timeout if not replies else 20)
+            ready = wait(list(pending.values()), timeout=timeout if not replies else _LATEST_SECONDS)
             if not ready:
                 break
             for rank, connection in list(pending.items()):

@@ -163,7 +163,8 @@ def _replica(optimizer: Any) -> Replica:
     """One worker and one shard, as :class:`squall.DownpourStrategy` starts them."""
     from squall.consistency import snapshot
     from squall.consistency.client import Client
-    from squall.consistency.hosting import Job, get_host, open_job
+    from squall.consistency.hosting import get_host
+    from squall.consistency.jobs import Job, open_job
     from squall.consistency.memory import Segment
     from squall.consistency.optimizers import carry, carry_groups, try_state
     from squall.consistency.plan import ParameterInfo, make_plan

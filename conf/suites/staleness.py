@@ -9,11 +9,8 @@ staleness: none while the leader makes the updates of the warm start alone, if t
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import socket
 import statistics
 import sys
 import time
@@ -24,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from squall.conf.bench import SuiteResult
-from squall.conf.suites.programs import Order, programs, serve
+from squall.conf.suites.cells import Cell, add_cell, digest, read_cells
+from squall.conf.suites.programs import Order, free_port, programs, serve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Cell = dict[str, Any]
 
 _POINTS = 0.5
 _DDP = "ddp"
@@ -71,12 +67,11 @@ def measure(
         "training": dict(training), "downpour": dict(downpour),
     }  # fmt: skip
     path = Path(results)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    known = _read(path, digest)
+    mine = digest(settings)
+    known = {(cell["workers"], cell["rule"], cell["seed"]): cell for name, cell in read_cells(path) if name == mine}
     wanted = [(number, rule, seed) for seed in seeds for number in workers for rule in _rules_of(number, rules)]
     left = [key for key in wanted if key not in known]
     if left:
-        path.parent.mkdir(parents=True, exist_ok=True)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with (
             programs("squall.conf.suites.staleness", max(number for number, _, _ in left)) as ranks,
@@ -85,11 +80,10 @@ def measure(
             task = progress.add_task("", total=len(wanted), completed=len(wanted) - len(left))
             for number, rule, seed in left:
                 progress.update(task, description=f"{number} workers, {rule}, seed {seed}")
-                order = settings | {"workers": number, "rule": rule, "seed": seed, "port": _port()}
+                order = settings | {"workers": number, "rule": rule, "seed": seed, "port": free_port()}
                 cell = ranks.ask({rank: order for rank in range(number)})[0]
                 known[number, rule, seed] = cell
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"settings": digest, **cell}) + "\n")
+                add_cell(path, mine, cell)
                 progress.advance(task)
     return _result([known[key] for key in wanted], settings, seeds)
 
@@ -107,24 +101,6 @@ def _check(num_samples: int, batch_size: int, workers: Sequence[int], seeds: Seq
 def _rules_of(number: int, rules: Sequence[str]) -> list[str]:
     """A single worker is never late, and all rules are one."""
     return [_DDP, *(rules[:1] if number == 1 else rules)]
-
-
-def _read(path: Path, digest: str) -> dict[tuple[int, str, int], Cell]:
-    cells: dict[tuple[int, str, int], Cell] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            cell = json.loads(line)
-        except ValueError:  # the run was ended while it wrote
-            continue
-        if cell.pop("settings") == digest:
-            cells[cell["workers"], cell["rule"], cell["seed"]] = cell
-    return cells
-
-
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # ---------------------------------------------------------------------- the table and the picture

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from squall.conf.bench import SuiteResult
-from squall.conf.suites.programs import Order, Programs, programs, serve
+from squall.conf.suites.programs import Order, Programs, free_port, programs, serve
 from squall.conf.suites.training import make_classifier
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def _turn(ranks: Programs, name: str, slowdowns: Sequence[float], num_steps: int
     """Train once; what ran at the same time is one entry."""
     everyone = range(len(slowdowns))
     slowest = max(slowdowns)
-    port = _port()
+    port = free_port()
     orders = {
         rank: common
         | {"strategy": name, "slowdown": slowdowns[rank], "num_ranks": len(slowdowns), "port": port}
@@ -123,12 +122,6 @@ def steps_per_second(ticks: Ticks) -> float:
             raise RuntimeError("A rank made fewer than two steps beside the others; raise suite.num_steps.")
         speed += (last - first) / (own[last] - own[first])
     return speed
-
-
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _result(

@@ -191,7 +191,9 @@ class _Rank:
             )  # fmt: skip
         strategy: Any = "auto"
         if kind == "ddp":
-            strategy = DDPStrategy(gradient_as_bucket_view=True)
+            # PowerSGD's messages of several buckets overtake each other on gloo, and end the process: it has one.
+            buckets: dict[str, Any] = {"bucket_cap_mb": 1 << 12} if order.get("hook") == "powersgd" else {}
+            strategy = DDPStrategy(gradient_as_bucket_view=True, **buckets)
         elif kind == "downpour":
             strategy = squall.DownpourStrategy(**order.get("options", {}))
         num_steps = order["num_steps"] * (2 if kind == "downpour" else 1)

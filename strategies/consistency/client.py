@@ -8,14 +8,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .hosting import Address, keep_private
+from .hosting import keep_private
+from .jobs import Address
 from .mailbox import HostLostError
 from .values import decode, encode
 from .wire import Blocking, Header, connect
 
+_CONNECT_SECONDS = 10.0
+
 
 class RunFailedError(RuntimeError):
     """The run can't go on; the message says why."""
+
+
+class CoordinatorGoneError(RunFailedError):
+    """The process that coordinates the run has ended, or has begun with something else."""
 
 
 class RevokedError(RuntimeError):
@@ -58,7 +65,7 @@ class Client:
         self._thread.start()
 
     def _connect(self) -> Blocking:
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + _CONNECT_SECONDS
         while True:
             try:
                 return keep_private(connect((self.address.host, self.address.port), self.address.token))
@@ -182,8 +189,10 @@ class Client:
         return _parts(*self.call({"op": "share", "key": key, "value": said, "write": write}, blob))
 
 
-def _gone(error: ConnectionError) -> RunFailedError:
-    return RunFailedError(f"The run has ended without this rank: the process that coordinates it is gone ({error}).")
+def _gone(error: ConnectionError) -> CoordinatorGoneError:
+    return CoordinatorGoneError(
+        f"The run has ended without this rank: the process that coordinates it is gone ({error})."
+    )
 
 
 def _parts(reply: Header, payload: bytearray) -> dict[int, Any]:

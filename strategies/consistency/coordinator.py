@@ -10,20 +10,20 @@ This class is a state machine without sockets, clocks or threads: requests go in
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from .commands import Commands
+from .meetings import Board, Meetings
 from .queue import Ticket, WorkQueue
+from .replay import Replay
 from .requests import check_request
 from .staleness import StalenessStatistics
+from .wire import Header
+from .worker import LEADER, Peer, Worker
 
-Peer = Hashable
-Header = dict[str, Any]
 Send = Callable[[Peer, Header, bytes], None]
-
-LEADER = 0
 
 
 @dataclass
@@ -51,43 +51,10 @@ class RunOptions:
 
 
 @dataclass
-class Worker:
-    """One generation of one rank."""
-
-    rank: int
-    generation: int
-    peer: Peer
-    last_seen: float
-    alive: bool = True
-    joined: bool = False
-    in_loop: bool = False
-    finished: bool = False
-    displaced: bool = False  # shards that it had a mailbox at are somewhere else: it has to join again
-    comes_back: bool = False  # lost, and started again later, in the schedule that is replayed
-    idle: bool = False  # waits for data: holds nobody up
-    clock: int = 0
-    epoch: int = -1
-    sequence: int = 0
-    mailbox: str = ""
-    buffers: bytes = b""
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Its name in the queue."""
-        return self.rank, self.generation
-
-
-@dataclass
 class _Parked:
     worker: Worker
     header: Header
     payload: bytes
-
-
-@dataclass
-class _Meeting:
-    kind: str
-    arrived: dict[int, tuple[Worker, Header, bytes]] = field(default_factory=dict)
 
 
 class Coordinator:
@@ -114,28 +81,20 @@ class Coordinator:
         self.stopped = ""
         self.leader_lost = False
         self.workers: dict[int, Worker] = {}
-        self.events: list[list[Any]] = []
-        self.num_shards = num_shards
         self.failure = ""
+        self.commands = Commands(command, self._announce)
+        self.commands.expect(num_shards)
         self._send = send
-        self._command = command
         self._by_peer: dict[Peer, Worker] = {}
         self._generations: dict[int, int] = {}
         self._parked: list[_Parked] = []
-        self._meetings: dict[str, _Meeting] = {}
-        self._met: dict[str, tuple[Header, bytes]] = {}
+        self._meetings = Meetings(self._answer)
+        self._board = Board()
+        self._replay = Replay(lambda: self.options.schedule, lambda worker: self.queue.revoke(worker.key))
         self._gathered: dict[str, set[int]] = {}
-        self._board: dict[str, dict[int, tuple[Header, bytes]]] = {}
-        self._last_command = 0
-        self._shard_done: list[int] = [0] * num_shards
-        self._announce: deque[tuple[int, Worker, Header]] = deque()
-        self._held: list[Header] = []  # commands behind a snapshot that is being read
-        self._snapshot: Worker | None = None
         self._claimed: Worker | None = None
         self._hyper: Any = None
         self._hyper_version = 0
-        self._position = 0  # in the schedule
-        self._losses: list[Worker] = []  # lost workers whose samples nobody has had yet
         self._first_hello: float | None = None
         self._waits_for_all = True
 
@@ -172,21 +131,17 @@ class Coordinator:
             return
         worker.alive = False
         if worker.in_loop and not worker.finished:
-            self._losses.append(worker)
-            self._take_losses_down()
+            self._replay.lost(worker, at_once=self.leader_lost)
         else:
             self.queue.revoke(worker.key)
         # It may only have been stopped: then it must not wait for ever for answers that it was owed.
         for parked in [parked for parked in self._parked if parked.worker is worker]:
             self._parked.remove(parked)
             self._revoked(worker, parked.header)
-        for meeting in self._meetings.values():
-            arrived = meeting.arrived.get(worker.rank)
-            if arrived is not None and arrived[0] is worker:
-                del meeting.arrived[worker.rank]
-                self._revoked(worker, arrived[1])
-        if self._snapshot is worker:
-            self._release()
+        for header in self._meetings.leave(worker):
+            self._revoked(worker, header)
+        if self.commands.reader is worker:
+            self.commands.release()
         if self._claimed is worker:
             self._claimed = None
         if worker.rank == LEADER and self.started and not worker.finished:
@@ -242,15 +197,16 @@ class Coordinator:
         for parked in self._parked:
             self._answer(parked.worker, parked.header, {"failed": self.failure})
         self._parked.clear()
-        for _, worker, announcement in self._announce:
-            if self._by_peer.get(worker.peer) is worker:
-                self._send(worker.peer, {**announcement, "failed": self.failure}, b"")
-        self._announce.clear()
+        self.commands.fail(self.failure)
 
     def _answer(self, worker: Worker, header: Header, reply: Header, payload: bytes = b"") -> bool:
         if "id" in header:
             self._send(worker.peer, {"re": header["id"], **reply}, payload)
         return True
+
+    def _announce(self, worker: Worker, header: Header) -> None:
+        if self._by_peer.get(worker.peer) is worker:  # alive, or given up and about to learn so: it waits for this
+            self._send(worker.peer, header, b"")
 
     def _progress(self, now: float) -> None:
         """Look again at everything that waits, until nothing moves."""
@@ -265,7 +221,7 @@ class Coordinator:
                     if parked in self._parked:
                         self._parked.remove(parked)
                     moved = True
-            moved = self._end_meetings() or moved
+            moved = self._meetings.end(self._are_all) or moved
 
     def _hello(self, peer: Peer, header: Header, now: float) -> None:
         rank = int(header["rank"])
@@ -298,55 +254,23 @@ class Coordinator:
 
     def _on_meet(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """A collective: over when every live worker has come to it, or has gone on into the loop."""
-        key = str(header["key"])
-        if key in self._met:  # for who comes late
-            reply, data = self._met[key]
-            return self._answer(worker, header, {**reply, "late": True}, data)
-        meeting = self._meetings.setdefault(key, _Meeting(str(header["kind"])))
-        meeting.arrived[worker.rank] = (worker, header, payload)
-        self._end_meetings()
+        self._meetings.come(worker, header, payload)
+        self._meetings.end(self._are_all)
         return True
 
-    def _end_meetings(self) -> bool:
-        ended = []
-        for key, meeting in self._meetings.items():
-            present = {w.rank for w, _, _ in meeting.arrived.values() if w.alive}
-            awaited = {worker.rank for worker in self.live if not worker.in_loop}
-            waits_for_all = self._waits_for_all and not self.started
-            complete = awaited <= present and not (waits_for_all and len(self.workers) < self.options.world_size)
-            if complete or not present:
-                ended.append(key)
-        for key in ended:
-            self._hold_meeting(key, self._meetings.pop(key))
-        return bool(ended)
-
-    def _hold_meeting(self, key: str, meeting: _Meeting) -> None:
-        order = [meeting.arrived[rank] for rank in sorted(meeting.arrived)]
-        order = [item for item in order if item[0].alive]
-        if not order:
-            return
-        parts = [{"rank": worker.rank, "value": header.get("value")} for worker, header, _ in order]
-        sizes = [len(payload) for _, _, payload in order]
-        reply = {"parts": parts, "sizes": sizes}
-        data = b"".join(payload for _, _, payload in order)
-        if sum(sizes) < 1 << 28:  # for workers that come late
-            self._met[key] = (reply, data)
-        for worker, header, _ in order:
-            self._answer(worker, header, reply, data)
+    def _are_all(self, present: set[int]) -> bool:
+        """Whether a meeting that these have come to can be held."""
+        if self._waits_for_all and not self.started and len(self.workers) < self.options.world_size:
+            return False
+        # Once the leader is out of the loop, all who are in it are about to follow, if they have only just come.
+        leader = self.workers.get(LEADER)
+        at_the_end = leader is not None and leader.finished and not leader.in_loop
+        return {worker.rank for worker in self.live if at_the_end or not worker.in_loop} <= present
 
     def _on_share(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """Leave a value on the board, and take everybody's latest: nobody waits."""
-        key = str(header["key"])
-        entries = self._board.setdefault(key, {})
-        if header.get("write", True):
-            entries[worker.rank] = ({"value": header.get("value")}, payload)
         alive = {other.rank for other in self.live}
-        shown = [(rank, *entries[rank]) for rank in sorted(entries) if rank in alive]
-        reply = {
-            "parts": [{"rank": rank, **value} for rank, value, _ in shown],
-            "sizes": [len(data) for _, _, data in shown],
-        }
-        return self._answer(worker, header, reply, b"".join(data for _, _, data in shown))
+        return self._answer(worker, header, *self._board.share(worker, header, payload, alive))
 
     def _on_gather(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """Wait for certain ranks, but not for the lost and the finished; for scripted interleavings."""
@@ -367,8 +291,7 @@ class Coordinator:
         self.started = True
         self.version = version
         if num_shards is not None:
-            self.num_shards = num_shards
-            self._shard_done = [0] * num_shards
+            self.commands.expect(num_shards)
         self._progress(0.0)
 
     def _on_places(self, worker: Worker, header: Header, payload: bytes) -> bool:
@@ -393,7 +316,7 @@ class Coordinator:
             worker.finished = worker.idle = False
         worker.joined = worker.in_loop = True
         worker.displaced = False
-        return self._answer(worker, header, {"version": self.version, "num_shards": self.num_shards})
+        return self._answer(worker, header, {"version": self.version, "num_shards": self.commands.num_shards})
 
     def _on_epoch(self, worker: Worker, header: Header, payload: bytes) -> bool:
         return self._answer(worker, header, {"open": self.queue.is_open(int(header["epoch"]))})
@@ -423,14 +346,14 @@ class Coordinator:
         if not ends and not self._turn("lease", worker):
             return False
         kept = {number for number in self.queue.epochs(epoch) if self._is_the_leaders(worker, number)}
-        passed_over = ends and self._is_replaying()
+        passed_over = ends and self._replay.goes_on and not self.leader_lost
         ticket = None if passed_over else self.queue.lease(worker.key, epoch, kept)
         if ticket is not None:
             if worker.idle:  # nobody has to wait until it has made up for the time that it had no data
                 worker.idle = False
                 worker.clock = max(worker.clock, self._slowest_clock(but=worker))
             worker.epoch = max(worker.epoch, ticket[0])
-            self._happened("lease", worker)
+            self._replay.happened("lease", worker)
             return self._answer(worker, header, {"ticket": ticket}, _packed(self.queue.samples(ticket)))
         # What others still hold may come back. Somebody has to stay for it: the leader, whose run ends last.
         last = bool(header.get("last"))
@@ -438,7 +361,7 @@ class Coordinator:
             worker.idle = True
             return False
         worker.idle = False
-        self._happened("end", worker)
+        self._replay.happened("end", worker)
         return self._answer(worker, header, {"end": True})
 
     def _is_the_leaders(self, worker: Worker, epoch: int) -> bool:
@@ -447,6 +370,10 @@ class Coordinator:
         if worker.rank == LEADER or leader is None or not leader.alive or leader.finished or leader.epoch >= epoch:
             return False
         return self.queue.num_left(epoch) == 1
+
+    def _turn(self, kind: str, worker: Worker) -> bool:
+        """Whether a replayed schedule has come to this event."""
+        return self.leader_lost or self._replay.is_turn(kind, worker, self.workers)
 
     def _slowest_clock(self, but: Worker) -> int:
         """Of those who train; 0 if nobody else does."""
@@ -496,7 +423,7 @@ class Coordinator:
             self.queue.give_back(worker.key, tickets)
             return self._answer(worker, header, {"finished": self.stopped, "version": self.version})
         staleness = self.version - int(header["base"])
-        self._happened("commit", worker)
+        self._replay.happened("commit", worker)
         self.version += 1
         worker.clock += 1
         worker.sequence += 1
@@ -520,7 +447,7 @@ class Coordinator:
             "hyper": [self._hyper_version, self._hyper],
             "version": self.version,
         }
-        self._issue(command, worker, {"done": worker.sequence, "version": self.version})
+        self.commands.issue(command, worker, {"done": worker.sequence, "version": self.version})
         if 0 <= self.options.max_steps <= self.version:
             self._stop("max_steps")
         reply = {"version": self.version, "staleness": staleness, "sequence": worker.sequence}
@@ -536,9 +463,9 @@ class Coordinator:
             return self._answer(worker, header, {"moved": True})
         if not self._turn("fetch", worker):
             return False
-        self._happened("fetch", worker)
+        self._replay.happened("fetch", worker)
         command = {"op": "fetch", "mailbox": worker.mailbox, "fetch": header["buffer"]}
-        self._issue(command, worker, {"re": header["id"], "version": self.version, "hyper": self._hyper,
+        self.commands.issue(command, worker, {"re": header["id"], "version": self.version, "hyper": self._hyper,
                                       "hyper_version": self._hyper_version})  # fmt: skip
         return True
 
@@ -561,7 +488,7 @@ class Coordinator:
         if worker.displaced:
             return self._answer(worker, header, {"moved": True})
         command = {"op": "write", "mailbox": worker.mailbox, "fetch": header["buffer"]}
-        self._issue(command, worker, {"re": header["id"], "version": self.version})
+        self.commands.issue(command, worker, {"re": header["id"], "version": self.version})
         return True
 
     def _on_done(self, worker: Worker, header: Header, payload: bytes) -> bool:
@@ -603,59 +530,20 @@ class Coordinator:
         for worker in self.live:
             worker.displaced = worker.joined
 
-    def _issue(self, command: Header, worker: Worker, announcement: Header) -> None:
-        """Give a command its number; its worker hears when all shards have carried it out."""
-        self._last_command += 1
-        command["c"] = self._last_command
-        self._announce.append((self._last_command, worker, announcement))
-        if self._snapshot is not None:
-            self._held.append(command)
-        else:
-            self._command(command)
-        if not self.num_shards:
-            self._announce_done()
-
-    def shard_done(self, shard: int, command: int) -> None:
-        """A shard has carried out all commands up to this one."""
-        self._shard_done[shard] = max(self._shard_done[shard], command)
-        self._announce_done()
-
-    @property
-    def num_done(self) -> int:
-        """The last command that all shards have carried out."""
-        return min(self._shard_done, default=self._last_command)
-
-    @property
-    def last_command_given(self) -> int:
-        """The last command that the shards were given; those behind it wait for a snapshot to be read."""
-        return self._held[0]["c"] - 1 if self._held else self._last_command
-
-    def _announce_done(self) -> None:
-        while self._announce and self._announce[0][0] <= self.num_done:
-            _, worker, announcement = self._announce.popleft()
-            if self._by_peer.get(worker.peer) is worker:  # alive, or given up and about to learn so: it waits for this
-                self._send(worker.peer, announcement, b"")
-
     def _on_snapshot(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """Hold all later commands back until the worker has read the shards' memory."""
-        if self._snapshot is not None:
+        if self.commands.reader is not None:
             return False
         # The queue's state belongs to the same moment as the weights.
         state = self.report() | {"re": header["id"], "queue": self.queue.state(), "hyper_version": self._hyper_version}
-        self._issue({"op": "mark"}, worker, state)
-        self._snapshot = worker
+        self.commands.issue({"op": "mark"}, worker, state)
+        self.commands.hold(worker)
         return True
 
     def _on_release(self, worker: Worker, header: Header, payload: bytes) -> bool:
-        if self._snapshot is worker:
-            self._release()
+        if self.commands.reader is worker:
+            self.commands.release()
         return self._answer(worker, header, {})
-
-    def _release(self) -> None:
-        self._snapshot = None
-        held, self._held = self._held, []
-        for command in held:
-            self._command(command)
 
     # ------------------------------------------------------------------ what can be asked
 
@@ -683,51 +571,7 @@ class Coordinator:
         }
 
     def _on_events(self, worker: Worker, header: Header, payload: bytes) -> bool:
-        return self._answer(worker, header, {"events": self.events})
-
-    # ------------------------------------------------------------------ replay
-
-    def _happened(self, kind: str, worker: Worker) -> None:
-        self.events.append([kind, worker.rank])
-        self._position += 1
-
-    def _is_replaying(self) -> bool:
-        return self._position < len(self.options.schedule or ()) and not self.leader_lost
-
-    def _turn(self, kind: str, worker: Worker) -> bool:
-        """Whether a replayed schedule has come to this event; without a schedule it always has."""
-        schedule = self.options.schedule
-        if schedule is None or self.leader_lost:
-            return True
-        while self._position < len(schedule):
-            wanted_kind, wanted_rank = schedule[self._position]
-            wanted = self.workers.get(int(wanted_rank))
-            if wanted_kind == "lost" and any(worker is wanted for worker in self._losses):
-                self._take_losses_down()
-                continue
-            gone = wanted is not None and (not wanted.alive or wanted.finished)
-            if gone and wanted is not None and not wanted.comes_back:
-                self._position += 1  # it will not come any more
-                continue
-            return bool(wanted_kind == kind and wanted_rank == worker.rank)
-        self._take_losses_down()
-        return True
-
-    def _take_losses_down(self) -> None:
-        """Give out again what lost workers had: at once, or where a schedule says that they were lost."""
-        schedule = self.options.schedule or ()
-        for worker in list(self._losses):
-            event = ["lost", worker.rank]
-            scheduled = event in map(list, schedule[self._position :])
-            now = scheduled and list(schedule[self._position]) == event
-            if scheduled and not now and not self.leader_lost:
-                continue
-            self._losses.remove(worker)
-            self.queue.revoke(worker.key)
-            self.events.append(event)
-            self._position += now
-            # Where the schedule has more of this rank, it was started again.
-            worker.comes_back = now and worker.rank in {rank for _, rank in schedule[self._position :]}
+        return self._answer(worker, header, {"events": self._replay.events})
 
 
 def _packed(indices: Sequence[int]) -> bytes:

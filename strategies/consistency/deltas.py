@@ -42,9 +42,9 @@ class Deltas:
 
         """
         for shard, unit, code in self._units(out):
-            known = _of(unit, self.known[shard])
+            known = unit.weights_in(self.known[shard])
             scratch = self._like(known)
-            torch.sub(_of(unit, weights[shard]), known, out=scratch)
+            torch.sub(unit.weights_in(weights[shard]), known, out=scratch)
             self._codec.encode(scratch, code)
             self._codec.decode(code, scratch)
             known.add_(scratch)
@@ -57,7 +57,7 @@ class Deltas:
 
         """
         for shard, unit, mine in self._units(code):
-            known = _of(unit, self.known[shard])
+            known = unit.weights_in(self.known[shard])
             scratch = self._like(known)
             self._codec.decode(mine, scratch)
             known.add_(scratch)
@@ -65,10 +65,10 @@ class Deltas:
     def _units(self, code: Tensor) -> Iterator[tuple[int, Unit, Tensor]]:
         begin = 0
         for shard, slice_ in enumerate(self._slices):
+            mine = code[begin : begin + slice_.num_code_bytes]
             for unit in slice_.units:
-                at = begin + unit.code_offset
                 if unit.num_elements:
-                    yield shard, unit, code[at : at + unit.num_code_bytes]
+                    yield shard, unit, unit.code_in(mine)
             begin += slice_.num_code_bytes
 
     def _like(self, known: Tensor) -> Tensor:
@@ -76,8 +76,3 @@ class Deltas:
         if scratch is None or scratch.numel() < known.numel():
             scratch = self._scratch[known.dtype] = torch.empty_like(known)
         return scratch[: known.numel()]
-
-
-def _of(unit: Unit, weights: Tensor) -> Tensor:
-    end = unit.fetch_offset + unit.num_elements * unit.info.dtype.itemsize
-    return weights[unit.fetch_offset : end].view(unit.info.dtype)

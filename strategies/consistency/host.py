@@ -26,6 +26,7 @@ from .coordinator import RunOptions
 from .outpost import Outpost, check_carry
 from .requests import check_request
 from .run import Run
+from .supervisor import Shards
 from .wire import Buffered, Header, WireError, connect, new_token
 
 _STOPPED_SECONDS = 2.0  # between two looks at the clock, of which there are two a second
@@ -62,6 +63,7 @@ class Host:
         self._selector = selectors.DefaultSelector()
         self._parent: Buffered | None = parent
         self._listener: socket.socket | None = None
+        self._held: socket.socket | None = None  # listens only to hold its port
         self._token = b""
         self._run: Run | None = None
         self._outpost: Outpost | None = None
@@ -101,6 +103,8 @@ class Host:
             with contextlib.suppress(OSError):
                 os.close(key.fd)
         self._selector.close()
+        if self._held is not None:
+            self._held.close()
 
     # ------------------------------------------------------------------ the loop
 
@@ -209,7 +213,7 @@ class Host:
             if number > self._num_runs:
                 self._waiting.append((peer, header, payload))
                 return
-            if run is None or number < self._num_runs:
+            if run is None or run.rests or number < self._num_runs:
                 peer.send({"re": header.get("id"), "over": True})
                 return
         if run is not None and operation == "enlist":
@@ -263,33 +267,36 @@ class Host:
             self.reply(header, values)
 
     def _do_open(self, header: Header, payload: bytes) -> Header:
-        """Listen, for workers of a job that hold its token: on a port, on it if it is free, or on any."""
-        if not header.get("same"):  # and not the job that is here, on another port
-            self._token = bytes.fromhex(header["token"]) if header.get("token") else new_token()
-            self._num_runs = 0
-            self._record = str(header.get("record", ""))
-            self._opening = os.urandom(8).hex()
-            for peer, _, _ in self._waiting:  # for a run of the job that was here before
-                self.forget(peer)
-            self._waiting.clear()
-        port = self._listen(header["address"], header.get("port", 0), header.get("preferred", 0))
+        """Listen for workers of a job that hold its token."""
+        self._token = bytes.fromhex(header["token"]) if header.get("token") else new_token()
+        self._num_runs = 0
+        self._record = str(header.get("record", ""))
+        self._opening = os.urandom(8).hex()
+        for peer, _, _ in self._waiting:  # for a run of the job that was here before
+            self.forget(peer)
+        self._waiting.clear()
+        port = self._listen(header["address"], header.get("port", 0))
         return {"port": port, "token": self._token.hex(), "opening": self._opening}
 
-    def _listen(self, address: str, port: int, preferred: int = 0) -> int:
+    def _listen(self, address: str, port: int) -> int:
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()
             self._listener = None
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        try:
-            self._listener = socket.create_server((address, port or preferred), family=family, backlog=128)
-        except OSError:
-            if port or not preferred:
-                raise
-            self._listener = socket.create_server((address, 0), family=family, backlog=128)
+        self._listener = _served(address, port)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         return int(self._listener.getsockname()[1])
+
+    def _do_hold(self, header: Header, payload: bytes) -> Header:
+        """Keep others from a port, if it is free, until the next such request."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+        if "port" in header:
+            with contextlib.suppress(OSError):  # a launcher's own store may listen there
+                self._held = _served(header["address"], header["port"])
+        return {}
 
     def _do_run(self, header: Header, payload: bytes) -> Header:
         """Begin a run: its workers may come."""
@@ -313,9 +320,16 @@ class Host:
             self, header["node"], header["run"], Buffered(line.sock), port, lambda reply: self.reply(header, reply)
         )
 
+    @property
+    def _shards(self) -> Shards | None:
+        """Those of this host, wherever they are coordinated."""
+        if self._run is not None:
+            return self._run.shards
+        return None if self._outpost is None else self._outpost.shards
+
     def _do_memory(self, header: Header, payload: bytes) -> Header:
         """Make the memory of the shards, or of workers that share it without any, for a worker to fill."""
-        shards = self._run.shards if self._run is not None else self._outpost.shards if self._outpost else None
+        shards = self._shards
         assert shards is not None
         num_bytes = header["num_bytes"]
         first = header.get("first", 0)
@@ -345,6 +359,12 @@ class Host:
             setattr(self._run.coordinator.options, name, value)
         return {}
 
+    def _do_rest(self, header: Header, payload: bytes) -> Header:
+        """The run has come to its end; its workers may still want to talk."""
+        if self._run is not None:
+            self._run.rest()
+        return {}
+
     def _do_end(self, header: Header, payload: bytes) -> Header:
         if self._run is not None:
             self._run.end()
@@ -352,8 +372,13 @@ class Host:
         return {}
 
     def _do_shards(self, header: Header, payload: bytes) -> Header:
-        shards = self._run.shards if self._run is not None else self._outpost.shards if self._outpost else None
+        shards = self._shards
         return {"pids": [shard.pid for shard in shards.processes] if shards is not None else []}
+
+
+def _served(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=128)
 
 
 def main() -> None:

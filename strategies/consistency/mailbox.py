@@ -7,7 +7,6 @@ a *porter* there (:mod:`squall.consistency.porter`), which keeps the mailbox's t
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +16,11 @@ from torch import Tensor
 
 from .deltas import Deltas
 from .hosting import keep_private
-from .memory import Segment, aligned, host_prefix
+from .memory import aligned, host_prefix, make_or_attach
 from .plan import Plan, Slice
-from .wire import Header, connect
+from .wire import MAX_CARRIED_BYTES, MAX_PAYLOAD_BYTES, Header, connect
 
 NUM_SLOTS = 2
-_SILENT_SECONDS = 20  # of a host, after which the kernel asks whether it is there
-_NUM_PROBES = 6
 
 
 class HostLostError(ConnectionError):
@@ -103,19 +100,20 @@ class LocalMailbox:
     def __init__(self, plan: Plan, layout: MailboxLayout, name: str) -> None:
         self._slices = [plan.slices[shard] for shard in layout.shards]
         self._layout = layout
-        self._segment = Segment(name, layout.num_bytes)
+        self._segment = make_or_attach(name, layout.num_bytes)
 
     def codes(self, slot: int) -> list[Tensor]:
         """Where the code of a push to each shard is written."""
         starts = self._layout.slots[slot]
-        return [self._tensor(start, s.num_code_bytes) for start, s in zip(starts, self._slices, strict=False)]
+        return [self.part(start, s.num_code_bytes) for start, s in zip(starts, self._slices, strict=False)]
 
     def weights(self, buffer: int) -> list[Tensor]:
         """Where weights of each shard are read."""
         starts = self._layout.buffers[buffer]
-        return [self._tensor(start, s.num_fetch_bytes) for start, s in zip(starts, self._slices, strict=False)]
+        return [self.part(start, s.num_fetch_bytes) for start, s in zip(starts, self._slices, strict=False)]
 
-    def _tensor(self, start: int, count: int) -> Tensor:
+    def part(self, start: int, count: int) -> Tensor:
+        """Some of its bytes."""
         return self._segment.tensor(torch.uint8, start, count)
 
     def send(self, slot: int) -> None:
@@ -173,7 +171,6 @@ class RemoteMailbox:
             self._line = keep_private(connect((place.host, place.port), token))
         except OSError as error:
             raise HostLostError(f"host {place.node} at {place.host}:{place.port} can't be reached: {error}") from error
-        _probe(self._line.sock)
         self._ask({"op": "carry", "run": number, "mailbox": name, "group": group})
 
     def codes(self, slot: int) -> list[Tensor]:
@@ -233,16 +230,21 @@ class RemoteMailbox:
             ranges: Where each piece begins, and its length, in bytes.
 
         """
-        return self._ask({"op": "read", "shard": shard, "ranges": list(ranges)})[1]
+        num_bytes = sum(length for _, length in ranges)
+        return self._ask({"op": "read", "shard": shard, "ranges": list(ranges)}, most=num_bytes)[1]
 
     def owed(self) -> Tensor:
         """What the codes of all workers of that host have lost, and have not made up for."""
-        return torch.frombuffer(self._ask({"op": "owed"})[1], dtype=torch.float32)
+        return torch.frombuffer(self._ask({"op": "owed"}, most=MAX_CARRIED_BYTES)[1], dtype=torch.float32)
 
-    def _ask(self, header: Header, payload: Tensor | None = None) -> tuple[Header, bytearray]:
+    def _ask(
+        self, header: Header, payload: Tensor | None = None, most: int = MAX_PAYLOAD_BYTES
+    ) -> tuple[Header, bytearray]:
         try:
             self._line.send(header, b"" if payload is None else payload.numpy().data)
-            return self._line.receive()
+            reply, data = self._line.receive(most)
+            self.num_bytes_received += len(data)
+            return reply, data
         except OSError as error:
             raise HostLostError(f"a host with shards was lost: {error}") from error
 
@@ -285,12 +287,3 @@ def open_mailboxes(
             mailbox.close()
         raise
     return opened
-
-
-def _probe(sock: socket.socket) -> None:
-    """Let the kernel find out that a host is gone which could not say so."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    options = {"TCP_KEEPIDLE": _SILENT_SECONDS, "TCP_KEEPINTVL": _SILENT_SECONDS, "TCP_KEEPCNT": _NUM_PROBES}
-    for name, value in options.items():
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

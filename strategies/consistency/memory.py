@@ -79,6 +79,14 @@ class Segment:
             _posixshmem.shm_unlink("/" + name)
 
 
+def make_or_attach(name: str, num_bytes: int) -> Segment:
+    """A segment of a name that an attempt before this one may have made."""
+    try:
+        return Segment(name, num_bytes)
+    except FileExistsError:
+        return Segment(name)
+
+
 def _reserve(descriptor: int, name: str, num_bytes: int) -> None:
     try:
         os.ftruncate(descriptor, num_bytes)

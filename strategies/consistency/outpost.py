@@ -63,6 +63,9 @@ class Outpost:
                 self.end()
         elif operation == "command" and self.shards is not None:
             self.shards.command(header["command"])
+        elif operation == "rest":
+            if self.shards is not None:
+                self.shards.end()
         elif operation == "forget" and self.shards is not None:
             self.shards.forget(str(header["mailbox"]))
         else:

@@ -26,6 +26,11 @@ class Piece:
     shard: int
     offset: int
 
+    def of(self, data: Tensor, dtype: torch.dtype) -> Tensor:
+        """The piece, in what its shard is sent or has sent, as bytes."""
+        end = self.offset + (self.stop - self.start) * dtype.itemsize
+        return data[self.offset : end].view(dtype)
+
 
 def find_pieces(plan: Plan, offset_of: Callable[[Unit], int]) -> list[Piece]:
     """Join units that are neighbours both in a parameter and where ``offset_of`` says."""
@@ -171,19 +176,17 @@ class Encoder:
         for piece in self._pieces.get(shard, ()):
             gradient = rows[piece.parameter]
             if gradient is not None:
-                dtype = self._plan.parameters[piece.parameter].dtype
-                end = piece.offset + (piece.stop - piece.start) * dtype.itemsize
-                code[piece.offset : end].view(dtype).copy_(gradient[piece.start : piece.stop])
+                there = piece.of(code, self._plan.parameters[piece.parameter].dtype)
+                there.copy_(gradient[piece.start : piece.stop])
 
     def _code(self, codec: Codec, rows: Sequence[Tensor | None], code: Tensor, shard: int) -> None:
         for unit in self._plan.slices[shard].units:
             gradient = rows[unit.parameter]
             if gradient is not None and unit.num_elements:
-                mine = code[unit.code_offset : unit.code_offset + unit.num_code_bytes]
-                codec.encode(gradient[unit.start : unit.stop].cpu(), mine, self._residual(unit))
+                codec.encode(gradient[unit.start : unit.stop].cpu(), unit.code_in(code), self._residual(unit))
 
     def _residual(self, unit: Unit) -> Tensor | None:
-        if self._codec is None or not self._codec.has_residual:
+        if not self.has_residuals:
             return None
         if not self._residuals:
             self.keep_in(torch.zeros(num_residuals(self._plan)))
@@ -230,5 +233,5 @@ class Encoder:
                 gradient, residual = rows[unit.parameter], self._residual(unit)
                 if gradient is not None and residual is not None and unit.num_elements:
                     decoded = torch.empty_like(residual)
-                    self._codec.decode(code[unit.code_offset : unit.code_offset + unit.num_code_bytes], decoded)
+                    self._codec.decode(unit.code_in(code), decoded)
                     residual.add_(decoded).sub_(gradient[unit.start : unit.stop].cpu())

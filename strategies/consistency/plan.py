@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .memory import aligned
 
@@ -112,6 +113,15 @@ class Unit:
         """Its length."""
         return self.stop - self.start
 
+    def weights_in(self, fetched: Tensor) -> Tensor:
+        """Its weights, flat, in what a worker fetches from its shard."""
+        end = self.fetch_offset + self.num_elements * self.info.dtype.itemsize
+        return fetched[self.fetch_offset : end].view(self.info.dtype)
+
+    def code_in(self, push: Tensor) -> Tensor:
+        """The code of its gradient, in a push to its shard."""
+        return push[self.code_offset : self.code_offset + self.num_code_bytes]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -181,6 +191,10 @@ class Plan:
         """Numbers of the shards of a group."""
         size = len(self.slices) // self.num_groups
         return range(index * size, (index + 1) * size)
+
+    def group_of(self, shard: int) -> int:
+        """Number of the group that a shard is in."""
+        return shard * self.num_groups // len(self.slices)
 
     @property
     def digest(self) -> str:

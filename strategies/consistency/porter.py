@@ -6,8 +6,6 @@ of the socket right into it, and weights go from it into the socket.
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .deltas import Deltas
-from .mailbox import NUM_SLOTS, lay_out_mailbox
+from .mailbox import NUM_SLOTS, LocalMailbox, lay_out_mailbox
 from .memory import Segment
 from .packing import sum_residuals
 from .processes import die_with_parent
@@ -37,10 +35,7 @@ class Porter:
 
     def __init__(self, spec: ShardSpec, group: int, name: str, memories: dict[int, str]) -> None:
         self._layout = lay_out_mailbox(spec.plan, group, NUM_SLOTS, spec.num_buffers)
-        try:
-            self._twin = Segment(name, self._layout.num_bytes)
-        except FileExistsError:  # the worker's line was cut, and this is its next
-            self._twin = Segment(name)
+        self._twin = LocalMailbox(spec.plan, self._layout, name)
         self._slices = [spec.plan.slices[shard] for shard in self._layout.shards]
         self._memories = {shard: memories[shard] for shard in self._layout.shards}
         self._codec = spec.codec
@@ -66,7 +61,7 @@ class Porter:
             buffer = self._number(header, "buffer", len(self._layout.buffers))
             line.send(*self._weights(buffer, bool(header.get("exact"))))
         elif operation == "known":
-            self._know(self._buffer(self._number(header, "buffer", len(self._layout.buffers))))
+            self._know(self._twin.weights(self._number(header, "buffer", len(self._layout.buffers))))
             line.send({})
         elif operation == "owed":
             line.send({}, sum_residuals(self._prefix, self._plan).numpy().data.cast("B"))
@@ -85,17 +80,10 @@ class Porter:
     def _part(self, at: Any, count: int) -> memoryview:
         if type(at) is not int or at < 0 or at + count > self._layout.num_bytes:
             raise WireError(f"a mailbox of {self._layout.num_bytes} bytes has no {count} at {str(at)[:40]}")
-        return _bytes(self._twin.tensor(torch.uint8, at, count))
-
-    def _buffer(self, buffer: int) -> list[Tensor]:
-        starts = self._layout.buffers[buffer]
-        return [
-            self._twin.tensor(torch.uint8, start, s.num_fetch_bytes)
-            for start, s in zip(starts, self._slices, strict=False)
-        ]
+        return _bytes(self._twin.part(at, count))
 
     def _weights(self, buffer: int, exact: bool) -> tuple[Header, memoryview | bytes]:
-        weights = self._buffer(buffer)
+        weights = self._twin.weights(buffer)
         if self._codec == "fp32" or self._deltas is None or exact:
             self._know(weights)
             return {"coded": False}, _bytes(torch.cat(weights)) if len(weights) > 1 else _bytes(weights[0])
@@ -138,8 +126,6 @@ def serve(line: Blocking, spec: ShardSpec, group: int, name: str, memories: dict
         return
     torch.set_num_threads(1)
     line.sock.setblocking(True)
-    with contextlib.suppress(OSError):
-        line.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     try:
         porter = Porter(spec, group, name, memories)
         line.send({})

@@ -16,27 +16,14 @@ from torch import Tensor, nn
 from .client import Client, RevokedError
 from .courier import Courier
 from .mailbox import NUM_SLOTS, HostLostError, Mailbox, Place, RemoteMailbox, open_mailboxes, part_name
-from .memory import Segment, host_prefix
+from .memory import host_prefix, make_or_attach
 from .optimizers import Hyperparameters
-from .packing import RESIDUALS, Encoder, find_pieces, flat, num_residuals, sum_residuals
+from .packing import RESIDUALS, Encoder, Piece, find_pieces, flat, num_residuals, sum_residuals
 from .plan import Plan
 from .queue import Ticket
 from .wire import Header
 
 _MOVE_SECONDS = 0.2  # between two looks for where a lost host's shards have gone
-
-
-class PushLostError(HostLostError):
-    """A push could not be applied, since shards have moved.
-
-    Args:
-        tickets: The batches that it was made of.
-
-    """
-
-    def __init__(self, tickets: Sequence[Ticket]) -> None:
-        super().__init__("shards have moved before a push could be applied")
-        self.tickets = list(tickets)
 
 
 @dataclass
@@ -100,6 +87,7 @@ class Replica:
         self._fetch_pieces = find_pieces(plan, lambda unit: unit.fetch_offset)
         self._encoder = Encoder(codec, plan)
         self._mailboxes: list[Mailbox] = []
+        self.lost: list[Ticket] = []  # of pushes that were not applied, since shards had moved
         self._num_joins = 0
         self._courier = Courier()
         self._carried_before = (0, 0)
@@ -116,7 +104,7 @@ class Replica:
             HostLostError: If a lost host's shards are nowhere else in time.
 
         """
-        self._forget_courier()
+        self.forget_courier()
         deadline, waits = time.monotonic() + self._patience, False
         while True:
             try:
@@ -138,7 +126,6 @@ class Replica:
             here = self.client.address
             places = [Place(p["node"], p.get("host", here.host), p.get("port", here.port)) for p in said["places"]]
         again = f".{self._num_joins}" if self._num_joins else ""
-        self._num_joins += 1
         name = f"{self._name}-w{self.client.rank}.{self.client.generation}{again}"
         self._places = places
         self._mailboxes = open_mailboxes(
@@ -146,9 +133,11 @@ class Replica:
             token=self.client.address.token, number=self.client.run, codec=self._codec,
         )  # fmt: skip
         if self._encoder.has_residuals:
-            memory = Segment(part_name(name, self._name, self._node, 0) + RESIDUALS, 4 * num_residuals(self.plan))
+            of_residuals = part_name(name, self._name, self._node, 0) + RESIDUALS
+            memory = make_or_attach(of_residuals, 4 * num_residuals(self.plan))
             self._encoder.keep_in(memory.tensor(torch.float32, 0, num_residuals(self.plan)))
         reply, _ = self.client.call({"op": "join", "mailbox": name})
+        self._num_joins += 1
         self._slots = [[code for mailbox in self._mailboxes for code in mailbox.codes(n)] for n in range(NUM_SLOTS)]
         self._buffers = [
             [weights for mailbox in self._mailboxes for weights in mailbox.weights(n)] for n in range(self._num_buffers)
@@ -208,10 +197,8 @@ class Replica:
 
     def remote(self, shard: int) -> RemoteMailbox | None:
         """The mailbox through which a shard of another host is reached; None for one of this host."""
-        for group, mailbox in enumerate(self._mailboxes):
-            if shard in self.plan.group(group):
-                return mailbox if isinstance(mailbox, RemoteMailbox) else None
-        return None
+        mailbox = self._mailboxes[self.plan.group_of(shard)]
+        return mailbox if isinstance(mailbox, RemoteMailbox) else None
 
     def leave(self, stop: bool) -> int | None:
         """Wait for the end of the run, and take its final weights.
@@ -239,7 +226,7 @@ class Replica:
             exact: To the last bit, though shards are on other hosts and changes are coded.
 
         """
-        self._forget_courier()
+        self.forget_courier()
         buffer = self._next_buffer()
         reply, _ = self.client.call({"op": "fetch", "buffer": buffer})
         self._learn(reply)
@@ -315,9 +302,10 @@ class Replica:
         """Where each piece of the weights lies in a buffer, and where in the parameters."""
         for piece in self._fetch_pieces:
             parameter = self.parameters[piece.parameter]
-            size = (piece.stop - piece.start) * parameter.dtype.itemsize
-            there = self._buffers[buffer][piece.shard][piece.offset : piece.offset + size].view(parameter.dtype)
-            yield there, parameter.detach().reshape(-1)[piece.start : piece.stop]
+            yield self._fetched(piece, buffer), parameter.detach().reshape(-1)[piece.start : piece.stop]
+
+    def _fetched(self, piece: Piece, buffer: int) -> Tensor:
+        return piece.of(self._buffers[buffer][piece.shard], self.parameters[piece.parameter].dtype)
 
     def _next_buffer(self) -> int:
         self._buffer = (self._buffer + 1) % self._num_buffers
@@ -330,9 +318,8 @@ class Replica:
         scattered: dict[int, Tensor] = {}
         for piece in self._fetch_pieces:
             parameter = self.parameters[piece.parameter]
-            size = (piece.stop - piece.start) * parameter.dtype.itemsize
-            source = self._buffers[buffer][piece.shard][piece.offset : piece.offset + size].view(parameter.dtype)
-            self.num_bytes_fetched += size
+            source = self._fetched(piece, buffer)
+            self.num_bytes_fetched += source.nbytes
             if parameter.is_contiguous():
                 parameter.data.view(-1)[piece.start : piece.stop].copy_(source)
             else:
@@ -372,7 +359,7 @@ class Replica:
             buffers: The worker's running statistics.
 
         Raises:
-            HostLostError: If shards have moved, and it was not applied.
+            HostLostError: If shards have moved, and it was not applied; ``lost`` has its tickets.
 
         """
         slot, header = self._prepare(gradients, tickets, fetch, hyper, buffers)
@@ -382,6 +369,7 @@ class Replica:
             reply, _ = self.client.call(header, buffers or b"")
         except HostLostError:
             self._encoder.take_back([None if g is None else flat(g) for g in gradients], self._slots[slot])
+            self.lost += tickets
             raise
         return self._pushed(slot, header, reply)
 
@@ -401,8 +389,9 @@ class Replica:
                 for mailbox in self._mailboxes:
                     mailbox.send(slot)
                 reply, _ = self.client.call(header, buffers or b"")
-            except HostLostError as error:
-                raise PushLostError(tickets) from error
+            except HostLostError:
+                self.lost += tickets
+                raise
             if "sequence" in reply:
                 self.client.wait_until_done(int(reply["sequence"]))
                 self._receive(header["fetch"])
@@ -420,7 +409,7 @@ class Replica:
             What became of the push; None if nothing is under way, or not back yet.
 
         Raises:
-            PushLostError: If shards moved before it could be applied.
+            HostLostError: If shards have moved. Was it not applied, ``lost`` has its tickets.
 
         """
         if not (self._courier.is_back or (wait and self._courier.is_under_way)):
@@ -437,8 +426,8 @@ class Replica:
         """Whether pushes have to be carried to other hosts."""
         return any(isinstance(mailbox, RemoteMailbox) for mailbox in self._mailboxes)
 
-    def _forget_courier(self) -> None:
-        """Whatever it brings is out of date."""
+    def forget_courier(self) -> None:
+        """Wait for what is under way, and do without what it brings."""
         if self._courier.is_under_way:
             with contextlib.suppress(RevokedError, ConnectionError):
                 slot, header, reply = self._courier.wait()

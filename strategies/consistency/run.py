@@ -56,6 +56,7 @@ class Run:
         self._mailboxes: set[str] = set()
         self._ready_since = 0.0
         self._kept_version = 0  # of the memory that is kept for other hosts' shards
+        self.rests = False
 
     def _send(self, peer: Any, header: Header, payload: bytes) -> None:
         if peer in self.peers:
@@ -129,7 +130,7 @@ class Run:
 
     def _done(self, shard: int, command: int) -> None:
         if self.coordinator.started:
-            self.coordinator.shard_done(shard, command)
+            self.coordinator.commands.done(shard, command)
 
     def fail(self, message: str) -> None:
         """The run can't go on."""
@@ -163,7 +164,12 @@ class Run:
             post.ready = True
             self._begin()
         elif operation == "done":
-            self._done(int(header["shard"]), int(header["command"]))
+            shard, command = header.get("shard"), header.get("command")
+            # Its shards may be ready before this host's, and nobody here knows yet which ones it has.
+            mine = None if self.spec is None else self.spec.plan.group(post.node)
+            if type(shard) is not int or (mine is not None and shard not in mine) or type(command) is not int:
+                raise ValueError(f"a host says {str(header)[:100]}")
+            self._done(shard, command)
         elif operation == "failed":
             self.fail(str(header.get("message")))
         elif operation != "alive":
@@ -173,23 +179,27 @@ class Run:
         """Restore a lost host's shards here, from the last checkpoint of them."""
         if self.posts.get(post.node) is not post:
             return
+        if self.rests:
+            del self.posts[post.node]
+            return
         if not self.coordinator.started:
             del self.posts[post.node]
             self._begin()
             return
         version = self.coordinator.version
-        sys.stderr.write(
-            f"squall: host {post.node} was lost; its shards go on here with the weights of version"
-            f" {self._kept_version}, the last that was looked at, in place of {version}.\n"
-        )
+        if version > self._kept_version:  # and not at the end of a run, when hosts go one after the other
+            sys.stderr.write(
+                f"squall: host {post.node} was lost; its shards go on here with the weights of version"
+                f" {self._kept_version}, the last that was looked at, in place of {version}.\n"
+            )
         self.coordinator.num_rolled_back += version - self._kept_version
-        last = self.coordinator.last_command_given
+        last = self.coordinator.commands.last  # those that wait name mailboxes that went with the host
         self._adopt(post.node, last)
         self._tell_places()
         self.coordinator.displace()
         assert self.spec is not None
         for shard in self.spec.plan.group(post.node):
-            self.coordinator.shard_done(shard, last)
+            self.coordinator.commands.done(shard, last)
 
     def kept(self, version: int) -> None:
         """The memory that is kept for other hosts' shards holds this version."""
@@ -202,24 +212,38 @@ class Run:
         self.peers.add(peer)
         operation = check_request(header)
         if operation == "join" and header.get("mailbox"):
-            self._find_mailbox(header["mailbox"])
+            is_whole = self._find_mailbox(header["mailbox"])
             self._mailboxes.add(header["mailbox"])
+            if not is_whole:
+                peer.send({"re": header.get("id"), "moved": True})
+                self._loop.watch(peer)
+                return
         elif operation == "join" and self.shards.processes:
             raise ValueError("a worker has to name the mailbox that the shards read its pushes from")
         elif operation in ("commit", "fetch", "write"):
             self._check_places(header)
         self.coordinator.handle(peer, header, payload, now)
 
-    def _find_mailbox(self, name: str) -> None:
-        """Shards attach to it by its name, and it is unlinked in the end: it must be there, and one of this run's."""
+    def _find_mailbox(self, name: str) -> bool:
+        """Shards attach to it by its name, and it is unlinked in the end: it must be there, and one of this run's.
+
+        Returns:
+            Whether it has a part for shards that have come here from a lost host meanwhile.
+
+        """
         if not name.startswith(f"{self.name}-w") or not name.isascii():
             raise ValueError(f"{name[:80]!r} is no mailbox of this run")
-        groups = [node for node in range(self.num_nodes) if node not in self.posts]
         try:
-            for group in groups:
-                Segment(part_name(name, self.name, 0, group))
+            Segment(name)
         except (OSError, ValueError) as error:
             raise ValueError(f"the mailbox {name[:80]!r} can't be attached to: {error}") from error
+        try:
+            for group in range(1, self.num_nodes):
+                if group not in self.posts:
+                    Segment(part_name(name, self.name, 0, group))
+        except OSError:
+            return False
+        return True
 
     def _check_places(self, header: Header) -> None:
         """A place that no mailbox has would be an error in a shard, and the end of the run."""
@@ -233,13 +257,15 @@ class Run:
         if peer in self.peers:
             self.peers.discard(peer)
             self.coordinator.lost(peer, now)
+            if not self.peers:  # after an exception: whoever began the run may live on
+                self.rest()
 
     # ------------------------------------------------------------------ from time to time
 
     def look_after(self, now: float) -> None:
         """Do what is due."""
         self.coordinator.tick(now)
-        used = {worker.mailbox for worker in self.coordinator.live}
+        used = {worker.mailbox for worker in self.coordinator.live} | self.coordinator.commands.held_mailboxes
         for name in self._mailboxes - used:
             self._mailboxes.discard(name)
             self.shards.forget(name)
@@ -256,6 +282,13 @@ class Run:
         self.coordinator.excuse(seconds)
         for post in self.posts.values():
             post.last_seen += seconds
+
+    def rest(self) -> None:
+        """Give the memory and the shards back: all that workers still want is to talk to each other."""
+        self.rests = True
+        for post in self.posts.values():
+            self._tell(post, {"op": "rest"})
+        self.shards.end()
 
     def end(self) -> None:
         """Hang up, and leave nothing behind."""

@@ -57,8 +57,7 @@ class Shard:
 
     def __init__(self, index: int, segment: Segment, spec: ShardSpec, part: Callable[[str], str]) -> None:
         self._slice = spec.plan.slices[index]
-        group = index * spec.plan.num_groups // len(spec.plan.slices)
-        layout = lay_out_mailbox(spec.plan, group, NUM_SLOTS, spec.num_buffers)
+        layout = lay_out_mailbox(spec.plan, spec.plan.group_of(index), NUM_SLOTS, spec.num_buffers)
         position = index - layout.shards.start
         self._slots = [starts[position] for starts in layout.slots]
         self._buffers = [starts[position] for starts in layout.buffers]

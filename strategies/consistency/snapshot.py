@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .client import Client
-from .memory import Segment
 from .optimizers import read_entry
 from .plan import Plan, Slice
 from .staleness import MEAN_SQUARE
@@ -70,13 +69,6 @@ class Copied:
 
     def __init__(self, num_bytes: int) -> None:
         self._bytes = torch.zeros(num_bytes, dtype=torch.uint8)
-
-    @classmethod
-    def of(cls, segment: Segment, num_bytes: int) -> Copied:
-        """Copy to memory that is there."""
-        copied = cls(0)
-        copied._bytes = segment.tensor(torch.uint8, 0, num_bytes)
-        return copied
 
     def fill(self, ranges: Sequence[tuple[int, int]], data: bytearray) -> None:
         """Take what was read of it.

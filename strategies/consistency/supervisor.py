@@ -150,12 +150,9 @@ class Shards:
         shard.pid, shard.ready, shard.connection = pid, False, Buffered(ours)
         self._loop.watch(shard.connection, shard)
 
-    def _group(self, index: int) -> int:
-        assert self.spec is not None
-        return index * self.spec.plan.num_groups // len(self.spec.plan.slices)
-
     def _part(self, mailbox: str, index: int) -> str:
-        return part_name(mailbox, self.run, self.node, self._group(index))
+        assert self.spec is not None
+        return part_name(mailbox, self.run, self.node, self.spec.plan.group_of(index))
 
     def command(self, command: Header) -> None:
         """Have all shards carry a command out."""

@@ -267,13 +267,11 @@ class Updater:
             scratch = torch.empty(unit.num_elements, dtype=unit.info.dtype)
             if len(stepper.batch.units) == 1:
                 self._scratch[key] = scratch
-        mine = code[unit.code_offset : unit.code_offset + unit.num_code_bytes]
-        gradient = self._decode(unit, mine, scratch)
+        gradient = self._decode(unit, unit.code_in(code), scratch)
         if self._rule.compensates and base is not None:
             if gradient is not scratch:
                 gradient = scratch.copy_(gradient)
-            end = unit.fetch_offset + unit.num_elements * unit.info.dtype.itemsize
-            then = base[unit.fetch_offset : end].view(unit.info.dtype)
+            then = unit.weights_in(base)
             names = [entry.name for entry in unit.info.state]
             mean_square = self._memory.state(unit)[names.index(MEAN_SQUARE)]
             self._rule.compensate(gradient, stepper.weights[position], then, mean_square)

@@ -18,7 +18,10 @@ from typing import Any
 TOKEN_BYTES = 32
 MAX_HEADER_BYTES = 4 << 20
 MAX_PAYLOAD_BYTES = 1 << 32
+MAX_CARRIED_BYTES = 1 << 42  # to an end that knows how much is to come, and where it belongs: all of a shard, say
 _LENGTHS = struct.Struct("<IQ")
+_SILENT_SECONDS = 20  # of a peer, after which the kernel asks whether it is there
+_NUM_PROBES = 6
 
 Header = dict[str, Any]
 
@@ -48,6 +51,22 @@ def parse_header(text: bytes | bytearray | memoryview) -> Header:
     return header
 
 
+def prepare(sock: socket.socket) -> None:
+    """Let a connection send at once, and let the kernel find out if the other end is gone and could not say so."""
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Keepalive says nothing while data is under way, so that has a limit of its own, in milliseconds.
+    options = {
+        "TCP_KEEPIDLE": _SILENT_SECONDS, "TCP_KEEPINTVL": _SILENT_SECONDS, "TCP_KEEPCNT": _NUM_PROBES,
+        "TCP_USER_TIMEOUT": 1000 * _SILENT_SECONDS * (_NUM_PROBES + 1),
+    }  # fmt: skip
+    for name, value in options.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 class Blocking:
     """One end of a connection for code that waits: a worker's, a shard's.
 
@@ -58,8 +77,7 @@ class Blocking:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        prepare(sock)
 
     def send(self, header: Mapping[str, Any], payload: bytes | memoryview = b"") -> None:
         """Send one message."""
@@ -69,8 +87,11 @@ class Blocking:
             self.sock.sendall(_head(header, len(payload)))
             self.sock.sendall(payload)
 
-    def receive(self) -> tuple[Header, bytearray]:
+    def receive(self, most: int = MAX_PAYLOAD_BYTES) -> tuple[Header, bytearray]:
         """Wait for one message.
+
+        Args:
+            most: Bytes of payload that may come; more are not taken.
 
         Returns:
             Its header and its payload.
@@ -79,17 +100,20 @@ class Blocking:
             ConnectionError: If the other end is gone, or sends what is no message.
 
         """
-        header, num_payload = self.receive_header()
+        header, num_payload = self.receive_header(most)
         return header, self._exactly(num_payload)
 
-    def receive_header(self) -> tuple[Header, int]:
+    def receive_header(self, most: int = MAX_CARRIED_BYTES) -> tuple[Header, int]:
         """Wait for one message's header, and take its payload by :meth:`receive_into`, to where it belongs.
+
+        Args:
+            most: Bytes of payload that may come.
 
         Returns:
             The header, and the number of bytes that come behind it.
 
         """
-        num_header, num_payload = check_lengths(self._exactly(_LENGTHS.size))
+        num_header, num_payload = check_lengths(self._exactly(_LENGTHS.size), most)
         return parse_header(self._exactly(num_header)), num_payload
 
     def receive_into(self, view: memoryview) -> None:
@@ -117,10 +141,10 @@ def _head(header: Mapping[str, Any], num_payload: int) -> bytes:
     return _LENGTHS.pack(len(text), num_payload) + text
 
 
-def check_lengths(data: bytes | bytearray) -> tuple[int, int]:
+def check_lengths(data: bytes | bytearray, most: int = MAX_PAYLOAD_BYTES) -> tuple[int, int]:
     """Read the two lengths before a message, and refuse what nobody here would send."""
     num_header, num_payload = _LENGTHS.unpack(data)
-    if num_header > MAX_HEADER_BYTES or num_payload > MAX_PAYLOAD_BYTES:
+    if num_header > MAX_HEADER_BYTES or num_payload > most:
         raise WireError(f"a message of {num_header} + {num_payload} bytes is larger than any of ours")
     return num_header, num_payload
 
@@ -151,8 +175,7 @@ class Buffered:
 
     def __init__(self, sock: socket.socket, token: bytes | None = None) -> None:
         sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        prepare(sock)
         self.sock = sock
         self.trusted = token is None
         self._token = token

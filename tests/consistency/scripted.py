@@ -104,7 +104,7 @@ class ScriptedRun:
         self.coordinator.lost(self.peers[rank], self.now)
 
     def carry_out(self, up_to: int, shard: int = 0) -> None:
-        self.coordinator.shard_done(shard, up_to)
+        self.coordinator.commands.done(shard, up_to)
 
     def applied(self) -> list[tuple[str, int]]:
         """Whose pushes reached the shards, in order, and what version each made."""

@@ -320,6 +320,21 @@ def test_a_meeting_goes_on_without_who_is_in_the_loop_and_ends_with_who_has_left
     assert [part["rank"] for part in after["parts"]] == [0, 1]
 
 
+def test_the_leader_who_is_through_waits_for_who_has_only_just_come() -> None:
+    run = ScriptedRun(2)
+    run.hello(0), run.hello(1)
+    run.coordinator.start(0)
+    run.join(0)
+    assert not run.ask(0, "leave").waits, "nobody else is in the loop"
+    run.join(1)
+    end = meet(run, 0, "end")
+    assert end.waits, "or the run would be over while rank 1 is in it"
+    assert run.lease(1)["stopped"]
+    run.ask(1, "leave")
+    assert [part["rank"] for part in meet(run, 1, "end")["parts"]] == [0, 1]
+    assert not end.waits
+
+
 def test_who_comes_late_gets_what_the_meetings_had_said() -> None:
     run = ScriptedRun(2)
     run.hello(0), run.hello(1)

@@ -23,9 +23,10 @@ from torch import nn
 
 from squall.consistency import host as hosts
 from squall.consistency import snapshot
-from squall.consistency.client import Client
+from squall.consistency.client import Client, RunFailedError
 from squall.consistency.host import Host
-from squall.consistency.hosting import Address, HostProcess
+from squall.consistency.hosting import HostProcess
+from squall.consistency.jobs import Address
 from squall.consistency.memory import Segment
 from squall.consistency.optimizers import carry, carry_groups, try_state
 from squall.consistency.plan import ParameterInfo, StateEntry, make_plan
@@ -423,6 +424,20 @@ def test_the_weights_a_push_was_computed_from_outlive_any_number_of_pushes(proce
         torch.testing.assert_close(real.parameters[0].detach(), expected, rtol=1e-12, atol=1e-12)
     finally:
         real.end()
+
+
+def test_a_run_that_rests_has_no_memory_and_still_answers(real: RealRun) -> None:
+    real.push(1.0)
+    process = psutil.Process(real.shards[0]).parent()
+    assert process is not None
+    real.process.request({"op": "rest"})
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(real.run["name"])]
+    assert process.children() == []
+    assert real.parameters[0].tolist() == [-1.0] * 6
+    report, _ = real.client.call({"op": "report"})
+    assert (report["version"], report["num_live"]) == (1, 1)
+    with pytest.raises(RunFailedError, match="ended without this rank"):
+        Client(real.address, 1, real.run["run"], 1.0)
 
 
 def test_nothing_is_left_when_the_program_that_began_it_is_gone() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from squall.consistency.memory import ALIGNMENT, Segment, aligned
+from squall.consistency.memory import ALIGNMENT, Segment, aligned, make_or_attach
 
 SHM = Path("/dev/shm")
 pytestmark = pytest.mark.skipif(not SHM.is_dir(), reason="names of shared memory are looked up in /dev/shm")
@@ -53,6 +53,11 @@ def test_a_name_is_nobody_elses(name: str) -> None:
     with pytest.raises(FileExistsError):
         Segment(name, 64)
     assert Segment(name).tensor(torch.uint8, 0, 64).sum() == 64
+
+
+def test_who_tries_again_finds_what_he_has_made(name: str) -> None:
+    make_or_attach(name, 64).tensor(torch.uint8, 0, 64).fill_(1)
+    assert make_or_attach(name, 64).tensor(torch.uint8, 0, 64).sum() == 64
 
 
 def test_too_little_of_it_is_a_clear_error_and_leaves_no_name(name: str) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from squall.consistency import porter as porters
 from squall.consistency.codecs import get_codec
 from squall.consistency.deltas import Deltas
-from squall.consistency.hosting import Address
+from squall.consistency.jobs import Address
 from squall.consistency.mailbox import HostLostError, Place, RemoteMailbox, lay_out_mailbox
 from squall.consistency.memory import Segment
 from squall.consistency.plan import ParameterInfo, Plan, make_plan
@@ -40,9 +40,8 @@ def weights_of(plan: Plan, generator: torch.Generator) -> list[torch.Tensor]:
     for slice_ in plan.slices:
         data = torch.zeros(slice_.num_fetch_bytes, dtype=torch.uint8)
         for unit in slice_.units:
-            end = unit.fetch_offset + unit.num_elements * unit.info.dtype.itemsize
             values = torch.randn(unit.num_elements, generator=generator, dtype=unit.info.dtype)
-            data[unit.fetch_offset : end].view(unit.info.dtype).copy_(values)
+            unit.weights_in(data).copy_(values)
         made.append(data)
     return made
 
@@ -50,9 +49,7 @@ def weights_of(plan: Plan, generator: torch.Generator) -> list[torch.Tensor]:
 def numbers(plan: Plan, weights: list[torch.Tensor]) -> torch.Tensor:
     parts = []
     for slice_, data in zip(plan.slices, weights, strict=True):
-        for unit in slice_.units:
-            end = unit.fetch_offset + unit.num_elements * unit.info.dtype.itemsize
-            parts.append(data[unit.fetch_offset : end].view(unit.info.dtype).double())
+        parts += [unit.weights_in(data).double() for unit in slice_.units]
     return torch.cat(parts)
 
 
@@ -140,11 +137,11 @@ def test_pushes_go_and_weights_come(line: Line) -> None:
         sent = [code.random_(generator=generator).clone() for code in mailbox.codes(slot)]
         mailbox.send(slot)
         starts = line.porter._layout.slots[slot]
-        twins = [line.porter._twin.tensor(torch.uint8, at, len(code)) for at, code in zip(starts, sent, strict=False)]
+        twins = [line.porter._twin.part(at, len(code)) for at, code in zip(starts, sent, strict=False)]
         assert all(torch.equal(a, b) for a, b in zip(twins, sent, strict=True))
     for buffer, exact in ((0, False), (1, False), (0, False), (1, True)):
         now = weights_of(line.plan, generator)
-        for there, part in zip(line.porter._buffer(buffer), now, strict=True):
+        for there, part in zip(line.porter._twin.weights(buffer), now, strict=True):
             there.copy_(part)
         mailbox.receive(buffer, exact)
         error = (numbers(line.plan, mailbox.weights(buffer)) - numbers(line.plan, now)).abs().max()
@@ -152,7 +149,7 @@ def test_pushes_go_and_weights_come(line: Line) -> None:
     for part in mailbox.weights(0):
         part.fill_(3)
     mailbox.send_weights(0)
-    assert all(bool((there == 3).all()) for there in line.porter._buffer(0))
+    assert all(bool((there == 3).all()) for there in line.porter._twin.weights(0))
     slice_ = line.plan.slices[1]
     data = mailbox.read(1, [(0, 10), (64, 6)])
     whole = Segment(line.memories[1]).tensor(torch.uint8, 0, slice_.num_bytes)

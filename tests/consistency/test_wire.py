@@ -188,6 +188,25 @@ def test_nor_does_one_who_waits_take_it(name: str, ends: Any) -> None:
         Blocking(ends[0]).receive()
 
 
+def test_who_knows_how_much_is_to_come_takes_that_and_no_more(ends: Any) -> None:
+    ends[1].sendall(struct.pack("<IQ", 2, MAX_PAYLOAD_BYTES + 1) + b"{}")
+    assert Blocking(ends[0]).receive_header() == ({}, MAX_PAYLOAD_BYTES + 1)  # all of a shard, say
+    ends[1].sendall(pack({}, b"1234") + pack({}, b"12345"))
+    assert Blocking(ends[0]).receive(most=4) == ({}, b"1234")
+    with pytest.raises(WireError, match="larger"):
+        Blocking(ends[0]).receive(most=4)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no such option")
+@pytest.mark.parametrize("kind", [Blocking, Buffered])
+def test_the_kernel_gives_a_silent_host_up_within_minutes(kind: Any) -> None:
+    """One that has lost its power says nothing; by default what is under way to it is tried again for 15 minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sock:
+        kind(sock)
+        assert 0 < sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 180_000
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
 def test_lengths_are_refused_before_anything_of_that_size_is_awaited(ends: Any) -> None:
     """A peer that announces 2**64 bytes is gone at once, and not when memory is."""
     reader = Buffered(ends[0])

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from squall import models
-from tests.ranks import run
+from tests.ranks import run, stop_all
 
 from .networks import ConcatNet, Shuffle, Volumes, dropouts, response_norm
 from .parity import TOLERANCE, check
@@ -70,6 +70,7 @@ def test_alexnet_2012(num_ranks: int) -> None:
 
 
 def test_vgg16_at_full_size() -> None:
+    stop_all()  # this takes 6 GB a rank
     run(2, check, models.VGG16, (1, 3, 224, 224))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import squall
+from tests.memory import own_memory
 from tests.ranks import free_port
 
 LR = 2.0**-6  # so that sums of steps are exact
@@ -34,14 +35,6 @@ def trainer(path: str | Path, strategy: Any = "hogwild", **options: Any) -> Trai
         "enable_model_summary": False,
     }
     return Trainer(**{**defaults, **options})
-
-
-def own_memory() -> list[str]:
-    """Shared memory that a host process of these very ranks has named."""
-    import psutil
-
-    family = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
-    return [name for name in os.listdir("/dev/shm") if name.startswith("squall-") and int(name.split("-")[1]) in family]
 
 
 # ------------------------------------------------------------------ stock modules
@@ -262,10 +255,10 @@ def run_alone(num_ranks: int, function: Any, folder: Path, *args: Any, timeout: 
 
 def die(folder: str, rank: int, at: int) -> dict[str, Any]:
     """Train with one rank that is killed at its so-manieth batch."""
-    hooks = [Hook(kill_me, at)] if int(os.environ["RANK"]) == rank else []
     num_ranks = int(os.environ["WORLD_SIZE"])
-    if int(os.environ["RANK"]) == 0 and rank:  # the run must not be over before
-        hooks = [Hook(lambda trainer, _: _until_live(trainer, num_ranks - 1), 5)]
+    hooks = [Hook(lambda trainer, _: _until_live(trainer, num_ranks - 1), 5)]  # the run must not be over before
+    if int(os.environ["RANK"]) == rank:
+        hooks = [Hook(kill_me, at)]
     return count(folder, num_ranks, "own", 200, callbacks=hooks)
 
 

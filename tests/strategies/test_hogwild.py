@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 import squall
+from tests.memory import own_memory
 from tests.ranks import run
 from tests.strategies import hogwild_programs as programs
 from tests.strategies.hogwild_programs import LR, Net, samples, trainer
@@ -344,7 +345,7 @@ def _fail(path: str) -> Any:
     gc.collect()
     assert all(before[name] is parameter for name, parameter in module.named_parameters())
     maps = Path("/proc/self/maps").read_text()
-    return programs.own_memory(), "squall-" in maps, run.optimizers[0].state[module.scale]["step"]
+    return own_memory(), "squall-" in maps, run.optimizers[0].state[module.scale]["step"]
 
 
 def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -428,7 +429,7 @@ def test_optimizers_that_cant_share_are_refused(tmp_path: Path, make: Any, says:
     module.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match=says):
         trainer(tmp_path, devices=1).fit(module, DataLoader(samples(), batch_size=4))
-    assert programs.own_memory() == []
+    assert own_memory() == []
 
 
 def test_several_hosts_are_refused(tmp_path: Path) -> None:

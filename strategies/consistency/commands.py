@@ -1,0 +1,86 @@
+"""The one order in which all shards are told what to do, and who hears when it is done."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from .wire import Header
+from .worker import Worker
+
+
+class Commands:
+    """Numbered commands, those behind a snapshot that is being read, and what is announced when they are done.
+
+    Args:
+        give: Sends a numbered command to all shards.
+        announce: Sends a worker a message.
+
+    """
+
+    def __init__(self, give: Callable[[Header], None], announce: Callable[[Worker, Header], None]) -> None:
+        self._give = give
+        self._announce = announce
+        self._announcements: deque[tuple[int, Worker, Header]] = deque()
+        self._held: list[Header] = []
+        self._done: list[int] = []
+        self.last = 0  # whether the shards were given it, or it waits for a snapshot to be read
+        self.reader: Worker | None = None  # of a snapshot
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards carry commands out."""
+        return len(self._done)
+
+    def expect(self, num_shards: int) -> None:
+        """So many shards carry commands out, from here on."""
+        self._done = [0] * num_shards
+
+    @property
+    def num_done(self) -> int:
+        """The last command that all shards have carried out."""
+        return min(self._done, default=self.last)
+
+    @property
+    def held_mailboxes(self) -> set[str]:
+        """Mailboxes that commands need which wait for a snapshot to be read."""
+        return {str(command["mailbox"]) for command in self._held if "mailbox" in command}
+
+    def issue(self, command: Header, worker: Worker, announcement: Header) -> None:
+        """Give a command its number; its worker hears when all shards have carried it out."""
+        self.last += 1
+        command["c"] = self.last
+        self._announcements.append((self.last, worker, announcement))
+        if self.reader is not None:
+            self._held.append(command)
+        else:
+            self._give(command)
+        if not self._done:
+            self._tell()
+
+    def done(self, shard: int, command: int) -> None:
+        """A shard has carried out all commands up to this one."""
+        self._done[shard] = max(self._done[shard], command)
+        self._tell()
+
+    def _tell(self) -> None:
+        while self._announcements and self._announcements[0][0] <= self.num_done:
+            _, worker, announcement = self._announcements.popleft()
+            self._announce(worker, announcement)
+
+    def fail(self, message: str) -> None:
+        """Nothing more will be done: say so to who waits for it."""
+        for _, worker, announcement in self._announcements:
+            self._announce(worker, {**announcement, "failed": message})
+        self._announcements.clear()
+
+    def hold(self, reader: Worker) -> None:
+        """Hold all later commands back until a worker has read the shards' memory."""
+        self.reader = reader
+
+    def release(self) -> None:
+        """Give what was held back."""
+        self.reader = None
+        held, self._held = self._held, []
+        for command in held:
+            self._give(command)
