@@ -1,0 +1,286 @@
+"""One safetensors file for a state_dict: any tensor, bit for bit, in as few bytes as it takes.
+
+A tensor that coding doesn't make smaller is an entry as any safetensors file has it. Every other one is an entry of
+bytes (``U8``), of which :mod:`.tensors` says what they are. The file's only metadata, under ``squall``, is
+``version=1 checksum=... tensors={...}``: after each key, in the state_dict's order, 0 for a tensor as it is, 1 for a
+coded one, or the key of the tensor that it is tied to. The checksum is over every byte of the file, its own place
+counted as zeros: so whatever was damaged is noticed before anything is decoded. Only whoever computes it again reaches
+the decoders, and these check all that they are told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from squall.sparsity.report import CompressionReport
+
+from . import positions, streams, tensors
+from .errors import CompressedFileError
+from .fields import Bytes, Reader
+
+VERSION = 1
+MAX_EXPANSION = 1024
+"""A file has to be this share of what it decodes to, or a small one could fill the memory. A writer sees to it."""
+FREE_BYTES = 16 << 20
+"""So much a file may decode to however small it is."""
+
+_METADATA = "squall"
+_PADDING = "squall.padding"
+_PLAIN, _CODED = 0, 1
+_CHECKSUM_BYTES = 16
+_UNKNOWN = "0" * 2 * _CHECKSUM_BYTES
+_CHECKSUM = re.compile(rb"checksum=([0-9a-f]{%d})" % (2 * _CHECKSUM_BYTES))
+_HEADER = re.compile(r"version=(\d{1,9}) (?:checksum=[0-9a-f]+ tensors=(.*))?", re.DOTALL)
+
+
+def save_compressed(
+    state_dict: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    coder: streams.Coder = "ans",
+    gap_bits: int | None = None,
+) -> CompressionReport:
+    """Write a state_dict as one compressed file. Nothing is lost, whatever is in it.
+
+    Pruned and shared weights become small: a tensor with few values gets a codebook and codes, one with many zeros the
+    positions of the others, each as entropy coding makes them smallest; all else is stored as it is. A negative zero is
+    no zero: prune with ``masked_fill`` or ``where`` rather than by multiplication.
+
+    Args:
+        state_dict: Tensors by name. Those that are one and the same are stored once, and are one again when loaded.
+        path: Where to write. A file that is there is replaced when the new one is whole.
+        coder: "ans" (asymmetric numeral systems, the smaller) or "huffman" (as in Deep Compression).
+        gap_bits: Bits of a distance between weights before it is coded, from 1 to 12, as in the paper's 4 or 5. None:
+            for each tensor those that take the fewest bytes.
+
+    Returns:
+        What each tensor came to.
+
+    Raises:
+        ValueError: If `coder` or `gap_bits` is none of those, or an entry is no tensor that can be stored.
+
+    Example:
+        >>> import tempfile, torch
+        >>> state_dict = {"weight": torch.zeros(300, 784), "bias": torch.rand(300)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = save_compressed(state_dict, f"{folder}/x.safetensors")
+        ...     loaded = load_compressed(f"{folder}/x.safetensors")
+        >>> all(torch.equal(loaded[name], state_dict[name]) for name in state_dict), report.rate > 500
+        (True, True)
+
+    """
+    if coder not in streams.CODERS:
+        raise ValueError(f"coder={coder!r} must be one of {', '.join(streams.CODERS)}.")
+    if gap_bits is not None and not 1 <= gap_bits <= positions.MAX_GAP_BITS:
+        raise ValueError(f"gap_bits={gap_bits} must be from 1 to {positions.MAX_GAP_BITS}, or None.")
+    entries: dict[str, Tensor] = {}
+    kinds: dict[str, int | str] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    statistics = []
+    for name, tensor in state_dict.items():
+        _check(name, tensor)
+        same = names.setdefault(tensors.memory_of(tensor) or (name,), name)
+        if same != name:
+            kinds[name] = same
+            continue
+        payload, figures = tensors.encode(name, tensor, coder, gap_bits)
+        statistics.append(figures)
+        kinds[name] = _PLAIN if payload is None else _CODED
+        entries[name] = (
+            tensor.detach().cpu().contiguous().clone()
+            if payload is None
+            else torch.from_numpy(np.frombuffer(bytearray(payload), np.uint8))
+        )
+    num_dense_bytes = sum(figures.num_dense_bytes for figures in statistics)
+    num_missing = num_dense_bytes // MAX_EXPANSION - sum(entry.nbytes for entry in entries.values())
+    if num_dense_bytes > FREE_BYTES and num_missing > 0:
+        entries[_PADDING] = torch.zeros(num_missing + 1, dtype=torch.uint8)
+    return CompressionReport(statistics, _write(Path(path), entries, kinds))
+
+
+def _check(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"state_dict[{name!r}] is a {type(tensor).__name__}: only tensors can be stored.")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in tensors.DTYPES:
+        kind = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
+        raise ValueError(f"state_dict[{name!r}] is a {kind} tensor, which safetensors can't store.")
+    if name == _PADDING:
+        raise ValueError(f"A tensor can't be called {_PADDING!r}: rename it.")
+
+
+def _write(path: Path, entries: dict[str, Tensor], kinds: Mapping[str, int | str]) -> int:
+    """Write the file, and then its checksum into it; return its size."""
+    table = json.dumps(kinds, separators=(",", ":"))
+    metadata = {_METADATA: f"version={VERSION} checksum={_UNKNOWN} tensors={table}"}
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        os.close(handle)
+        save_file(entries, draft, metadata)
+        with open(draft, "r+b") as file:
+            data = np.memmap(file, np.uint8, "r+")
+            place, _ = _find_checksum(data)
+            data[place : place + len(_UNKNOWN)] = np.frombuffer(_checksum(data, place).encode(), np.uint8)
+            data.flush()
+            num_bytes = len(data)
+            del data
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(draft, 0o666 & ~mask)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+    return num_bytes
+
+
+def _find_checksum(data: Bytes) -> tuple[int, str]:
+    """Where in the file the checksum is, and what it is."""
+    num_header = int(data[:8].view("<u8")[0]) if len(data) >= 8 else 0
+    # The metadata comes first, so there can be no other before it.
+    found = _CHECKSUM.search(bytes(data[8 : 8 + min(num_header, 1 << 10)]))
+    if found is None:
+        raise CompressedFileError("it has no checksum")
+    return 8 + found.start(1), found[1].decode()
+
+
+def _checksum(data: Bytes, place: int) -> str:
+    """The checksum of a file whose own is at a place."""
+    digest = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
+    for part in (data[:place].data, _UNKNOWN.encode(), data[place + len(_UNKNOWN) :].data):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def load_compressed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read what :func:`save_compressed` has written.
+
+    Nothing in the file is believed: a damaged or hostile one is an error, after no more time and memory than its size
+    justifies.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The state_dict: the same keys in the same order, shapes, data types and bits, on the CPU.
+
+    Raises:
+        CompressedFileError: If the file is damaged, of another version, or no such file.
+        OSError: If it can't be read.
+
+    """
+    path = Path(path)
+    try:
+        return _load(path)
+    except CompressedFileError as error:
+        raise CompressedFileError(f"{path}: {error}.") from None
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    if not path.stat().st_size:
+        raise CompressedFileError("it is empty")
+    data = np.memmap(path, np.uint8, "r")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = (file.metadata() or {}).get(_METADATA)
+            if metadata is None:
+                raise CompressedFileError("it is a safetensors file, but save_compressed hasn't written it")
+            _check_version(metadata)
+            place, checksum = _find_checksum(data)
+            if _checksum(data, place) != checksum:
+                raise CompressedFileError("its checksum is wrong: it was damaged, or not copied whole")
+            return _read(file, _kinds(metadata, set(file.keys())), len(data))
+    except SafetensorError as error:
+        raise CompressedFileError(f"it is no whole safetensors file ({error})") from None
+
+
+def _check_version(metadata: str) -> None:
+    header = _HEADER.match(metadata)
+    if header is None:
+        raise CompressedFileError("its metadata are not those of a compressed file")
+    if int(header[1]) != VERSION:
+        raise CompressedFileError(f"it has version {header[1]} of the format, and this Squall reads version {VERSION}")
+
+
+def _kinds(metadata: str, stored: set[str]) -> dict[str, Any]:
+    """The table of tensors, if it agrees with what is stored."""
+    header = _HEADER.fullmatch(metadata)
+    try:
+        kinds = json.loads(header[2] if header and header[2] else "")
+    except (ValueError, RecursionError):
+        kinds = None
+    if not isinstance(kinds, dict):
+        raise CompressedFileError("its table of tensors can't be read")
+    for name, kind in kinds.items():
+        if isinstance(kind, str):
+            if kinds.get(kind) not in (_PLAIN, _CODED):
+                raise CompressedFileError(f"tensor {name!r} is tied to {kind!r}, which isn't stored")
+        elif kind not in (_PLAIN, _CODED) or isinstance(kind, bool | float):
+            raise CompressedFileError(f"tensor {name!r} is of a kind that there isn't: {kind!r:.40}")
+    named = {name for name, kind in kinds.items() if not isinstance(kind, str)}
+    for name in (named ^ stored) - {_PADDING}:
+        raise CompressedFileError(f"tensor {name!r} is " + ("missing" if name in named else "in no table"))
+    return kinds
+
+
+def _read(file: Any, kinds: Mapping[str, Any], num_file_bytes: int) -> dict[str, Tensor]:
+    payloads = {name: _payload(name, file) for name, kind in kinds.items() if kind == _CODED}
+    most, num_claimed = max(FREE_BYTES, MAX_EXPANSION * num_file_bytes), 0
+    for name, payload in payloads.items():
+        with _Named(name):
+            num_claimed += tensors.read_info(Reader(payload)).num_bytes
+            if num_claimed > most:
+                raise CompressedFileError(f"{num_file_bytes:,} bytes can't hold the {num_claimed:,} that are claimed")
+    result: dict[str, Tensor] = {}
+    for name, kind in kinds.items():
+        with _Named(name):
+            if kind == _CODED:
+                result[name] = tensors.decode(payloads[name])
+            elif kind == _PLAIN:
+                result[name] = _plain(name, file)
+    return {name: result[kind if isinstance(kind, str) else name] for name, kind in kinds.items()}
+
+
+def _payload(name: str, file: Any) -> Bytes:
+    tensor = file.get_tensor(name)
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise CompressedFileError(f"tensor {name!r}: its code is no row of bytes")
+    payload: Bytes = tensor.numpy()
+    return payload
+
+
+def _plain(name: str, file: Any) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+        copy = tensor.clone()  # of the mapped file, which may be replaced
+    except (TypeError, RuntimeError) as error:  # what torch says to shapes that only safetensors takes
+        raise CompressedFileError(f"torch has no such tensor ({str(error).splitlines()[0]})") from None
+    if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+        raise CompressedFileError("a truth value is neither 0 nor 1")
+    return copy
+
+
+class _Named:
+    """Says in an error which tensor it is about."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, CompressedFileError):
+            raise CompressedFileError(f"tensor {self._name!r}: {error}") from None

@@ -1,0 +1,132 @@
+"""A stream: symbols 0, 1, 2 … in the fewest bytes that a coder makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from . import ans, huffman
+from .errors import CompressedFileError
+from .fields import Reader, number
+
+Coder = Literal["ans", "huffman"]
+CODERS: tuple[Coder, ...] = get_args(Coder)
+
+MAX_SYMBOLS_PER_BYTE = 64
+"""A stream has this many symbols a byte at most, or a bad file of no size could keep a reader busy for hours."""
+_FREE_SYMBOLS = 4096
+"""So many symbols may take no bytes at all."""
+TOLERANCE = 1.002
+"""What takes so many times the bytes is worth it if it is decoded sooner."""
+_CONSTANT, _ANS, _HUFFMAN = range(3)
+_KIND = {"ans": _ANS, "huffman": _HUFFMAN}
+
+Symbols = npt.NDArray[np.int32]
+_Counts = npt.NDArray[np.int64]
+
+
+class Stream(NamedTuple):
+    """How symbols are best coded.
+
+    Args:
+        num_bytes: What that takes, all included; to within a word or two.
+        encode: Turns the symbols into the bytes.
+
+    """
+
+    num_bytes: float
+    encode: Callable[[Symbols], bytes]
+
+
+class Sized(Protocol):
+    """A way to store something."""
+
+    @property
+    def num_bytes(self) -> float:
+        """What it takes."""
+
+    @property
+    def num_symbols(self) -> int:
+        """What has to be decoded."""
+
+
+_Sized = TypeVar("_Sized", bound=Sized)
+
+
+def smallest(ways: Sequence[_Sized]) -> _Sized:
+    """Choose the way that takes the fewest bytes, and of those that are as good as equal the fastest to decode.
+
+    Args:
+        ways: At least one.
+
+    Returns:
+        Of the ways within 0.2 % of the smallest the one with the fewest symbols.
+
+    """
+    limit = TOLERANCE * min(way.num_bytes for way in ways)
+    return min((way for way in ways if way.num_bytes <= limit), key=lambda way: (way.num_symbols, way.num_bytes))
+
+
+def plan(counts: _Counts, coder: Coder) -> Stream:
+    """Choose how to code symbols.
+
+    Args:
+        counts: How often each of them occurs.
+        coder: "ans" or "huffman". Where only one symbol occurs, that is all that is written.
+
+    Returns:
+        What it takes, and how; infinitely much if the coder can't, or a reader would refuse it.
+
+    """
+    counts = np.asarray(counts, np.int64)
+    present = np.flatnonzero(counts)
+    if not len(present):
+        return Stream(0, lambda symbols: b"")
+    codes = huffman if coder == "huffman" else ans
+    if len(present) > codes.MAX_KINDS:
+        return Stream(np.inf, _impossible)
+    if len(present) == 1:
+        constant = bytes([_CONSTANT]) + number(int(present[0]))
+        stream = Stream(len(constant), lambda symbols: constant)
+    else:
+        stream = Stream(1 + codes.size(counts), lambda symbols: bytes([_KIND[coder]]) + codes.encode(symbols, counts))
+    refused = counts.sum() > _most_symbols(max(0, int(stream.num_bytes) - 1 - 2 * ans.WORD_BYTES))
+    return Stream(np.inf, _impossible) if refused else stream
+
+
+def _impossible(symbols: Symbols) -> bytes:
+    raise AssertionError("a stream that nobody would read")
+
+
+def _most_symbols(num_bytes: int) -> int:
+    return _FREE_SYMBOLS + MAX_SYMBOLS_PER_BYTE * num_bytes
+
+
+def decode(reader: Reader, num_symbols: int, num_kinds: int) -> Symbols:
+    """Decode symbols.
+
+    Args:
+        reader: Stands where the stream begins.
+        num_symbols: How many to decode.
+        num_kinds: All symbols have to be below this.
+
+    Returns:
+        The symbols.
+
+    Raises:
+        CompressedFileError: If the bytes are no stream of so many symbols.
+
+    """
+    if not num_symbols:
+        return np.empty(0, np.int32)
+    kind = reader.number(_HUFFMAN)
+    if num_symbols > _most_symbols(reader.num_left):
+        raise CompressedFileError(f"{num_symbols:,} symbols are announced in {reader.num_left:,} bytes")
+    if kind == _CONSTANT:
+        return np.full(num_symbols, reader.number(num_kinds - 1), np.int32)
+    if kind == _HUFFMAN:
+        return huffman.decode(reader, num_symbols, num_kinds)
+    return ans.decode(reader, num_symbols, num_kinds)
