@@ -38,12 +38,13 @@ def num_devices(cfg: DictConfig) -> int:
 
     """
     strategy = cfg.strategy
-    single = str(strategy.get("_target_", "")).endswith("SingleDeviceStrategy")
+    single = str(strategy.get("_target_", "")).endswith("SingleDeviceStrategy") or strategy.get("inner") == "single"
     asked = cfg.trainer.get("devices")
     if asked is not None:
         if single and str(asked) not in ("1", "auto"):
             raise UserError(
-                f"strategy=single uses one process: leave trainer.devices={asked} out, or take strategy=ddp."
+                f"This strategy uses one process: leave trainer.devices={asked} out, or take"
+                f" {'strategy.inner' if 'inner' in strategy else 'strategy'}=ddp."
             )
         return 1 if single else asked
     if single:

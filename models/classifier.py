@@ -36,14 +36,17 @@ class ImageClassifier(L.LightningModule):
             ``lr``, ``momentum``, ``weight_decay`` and ``bias_lr_factor`` are its business and aren't used).
         lr: Learning rate; the largest one for "one_cycle".
         momentum: Momentum of SGD.
+        nesterov: Whether that is Nesterov's.
         weight_decay: Weight decay of weights and biases, as each optimizer means it.
         schedule: "plateau": section 5 of the 2012 paper, by ``val/acc``; "exponential_steps": the rate is divided by
             ``target_factor ** (1 / (num_lr_steps - 1))`` at equal distances, cuda-convnet2's ``dexp`` (Krizhevsky
-            2014); "cosine" to 0; "one_cycle" (Smith 2018); "none".
+            2014); "steps": divided by ten every ``steps_per_drop`` steps; "cosine" to 0; "one_cycle" (Smith 2018);
+            "none".
         patience: Epochs without improvement that "plateau" waits.
         max_drops: How often "plateau" divides the rate by ten.
         target_factor: What "exponential_steps" divides the rate by in the end.
         num_lr_steps: Stretches of constant rate of "exponential_steps".
+        steps_per_drop: Optimizer steps between the drops of "steps".
         warmup_fraction: Part of the training in which "one_cycle" raises the rate.
         bias_lr_factor: Multiplier of the biases' rate; cuda-convnet2's files have 2.
         test_views: 1, or 10 for the mean prediction of ten views (section 4.1). The test images have to be larger than
@@ -65,12 +68,14 @@ class ImageClassifier(L.LightningModule):
         optimizer: str | OptimizerFactory = "sgd",
         lr: float = 0.01,
         momentum: float = 0.9,
+        nesterov: bool = False,
         weight_decay: float = 5e-4,
         schedule: str = "plateau",
         patience: int = 5,
         max_drops: int = 3,
         target_factor: float = 250.0,
         num_lr_steps: int = 4,
+        steps_per_drop: int = 25_000,
         warmup_fraction: float = 0.3,
         bias_lr_factor: float = 1.0,
         test_views: int = 1,
@@ -82,6 +87,8 @@ class ImageClassifier(L.LightningModule):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if num_lr_steps < 2:
             raise ValueError(f"num_lr_steps must be at least 2, got {num_lr_steps}")
+        if steps_per_drop < 1:
+            raise ValueError(f"steps_per_drop must be at least 1, got {steps_per_drop}")
         if test_views not in (1, 10):
             raise ValueError(f"test_views must be 1 or 10, got {test_views}")
         if test_views == 10 and not hasattr(model, "image_size"):
@@ -167,6 +174,9 @@ class ImageClassifier(L.LightningModule):
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": plateau, "monitor": "val/acc", "strict": False},
             }
+        if schedule == "steps":
+            drops = lr_scheduler.StepLR(optimizer, options["steps_per_drop"], gamma=0.1)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": drops, "interval": "step"}}
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
             raise MisconfigurationException(
@@ -198,7 +208,8 @@ class ImageClassifier(L.LightningModule):
             groups = [{"params": weights}, {"params": biases, "lr": options["lr"] * options["bias_lr_factor"]}]
         lr, decay = options["lr"], options["weight_decay"]
         if self.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=lr, momentum=options["momentum"], weight_decay=decay)
+            momentum, nesterov = options["momentum"], options["nesterov"]
+            return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=decay, nesterov=nesterov)
         kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
         optimizer: Optimizer = kinds[self.optimizer](groups, lr=lr, weight_decay=decay)
         return optimizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-SCHEDULES = ("plateau", "exponential_steps", "cosine", "one_cycle", "none")
+SCHEDULES = ("plateau", "exponential_steps", "steps", "cosine", "one_cycle", "none")
 
 
 def exponential_steps(progress: float, target_factor: float = 250.0, num_steps: int = 4) -> float:

@@ -3,30 +3,38 @@
 Importing registers the strategies' names, so that ``Trainer(strategy="column_parallel")`` finds them.
 """
 
-from lightning.pytorch.strategies import StrategyRegistry
+from typing import Any
 
-from . import consistency, kernels, placement
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+from . import consistency, kernels, placement, sparsity
 from .column_parallel import ColumnParallelStrategy
 from .downpour import DownpourStrategy
 from .hogwild import HogwildStrategy
 from .injector import EventInjector
+from .sparse import SparseStrategy
 
 __version__ = "0.1.0"
 
-for _name, _strategy, _description in (
-    ("column_parallel", ColumnParallelStrategy, "Each layer's output channels split over the ranks (Krizhevsky 2012)"),
-    ("downpour", DownpourStrategy, "Asynchronous workers around sharded parameter servers (Dean 2012)"),
-    ("hogwild", HogwildStrategy, "Asynchronous workers in one host's shared memory, without a lock (Recht 2011)"),
-):
+_STRATEGIES: tuple[tuple[str, type[Strategy], dict[str, Any], str], ...] = (
+    ("column_parallel", ColumnParallelStrategy, {}, "Each layer's channels split over the ranks (Krizhevsky 2012)"),
+    ("downpour", DownpourStrategy, {}, "Asynchronous workers around sharded parameter servers (Dean 2012)"),
+    ("hogwild", HogwildStrategy, {}, "Asynchronous workers in one host's shared memory, without a lock (Recht 2011)"),
+    ("sparse", SparseStrategy, {}, "Few weights, from the first step to the last (Dettmers 2019)"),
+    ("sparse_ddp", SparseStrategy, {"inner": "ddp"}, "The same with data parallelism"),
+)
+for _name, _strategy, _options, _description in _STRATEGIES:
     if _name not in StrategyRegistry:
-        StrategyRegistry.register(_name, _strategy, description=_description)
+        StrategyRegistry.register(_name, _strategy, description=_description, **_options)
 
 __all__ = [
     "ColumnParallelStrategy",
     "DownpourStrategy",
     "EventInjector",
     "HogwildStrategy",
+    "SparseStrategy",
     "consistency",
     "kernels",
     "placement",
+    "sparsity",
 ]

@@ -42,6 +42,8 @@ def call(tmp_path, monkeypatch, capsys):
         (["ckpt_path=nowhere.ckpt"], "there is no such file"),
         (["strategy=single", "trainer.devices=2"], "strategy=ddp"),
         (["data.batch_sise=2"], "batch_sise"),
+        (["strategy=sparse_momentum", "strategy.sparsity.density=1.5"], "above 0 and at most 1"),
+        (["strategy=sparse_momentum", "strategy.sparsity.dense=[nope]"], "no layer is called 'nope'"),
         (["model.model._target_=squall.models.Nope"], "Nope"),
     ],
 )

@@ -10,8 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from squall.conf.suites import shards, staleness, stragglers, wires
+from squall.conf.suites import compression, deep_compression, shards, sparse_training, staleness, stragglers, wires
 from squall.conf.suites.columns import _ratio, measure
 from squall.conf.suites.links import shaped_pair, why_not
 
@@ -103,6 +104,52 @@ def test_shards_suite_fails_below_half_the_speed_and_off_the_weights() -> None:
     assert len(shards._result(8, [fast | {"shard": 2.1}], error=float("nan")).failures) == 2
 
 
+def _row(net: str, setting: str, rate: float, lost: float) -> dict[str, Any]:
+    return {"net": net, "setting": setting, "rate": rate, "points lost": lost}
+
+
+def test_deep_compression_that_falls_short_is_said() -> None:
+    rows = [
+        _row("a", "dense", 1.0, 0.0),
+        _row("a", "x", 30.0, 0.1),
+        _row("a", "y", 45.0, 0.3),
+        _row("b", "x", 9.0, 0.0),
+    ]
+    assert deep_compression.largest_rate(rows, "a", 0.1) == 30.0
+    assert deep_compression.largest_rate(rows[1:], "a", 0.05) == 1.0
+    assert deep_compression._failures(rows, {"a": {"rate": 40, "points": 0.3}}) == []
+    (failure,) = deep_compression._failures(rows, {"a": {"rate": 40, "points": 0.2}})
+    assert failure == "a: the largest rate that loses at most 0.2 points is 30.0, not 40."
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_deep_compression_suite_tests_the_file_and_resumes(tmp_path: Path) -> None:
+    paper = {"density": {"fc1": 0.08, "fc2": 0.09, "fc3": 0.26}, "bits": {"*": 4}}
+    arguments: dict[str, Any] = {
+        "nets": {"LeNet300": {"paper": paper, "whole": {"density": None, "bits": {"*": 8, "fc3": None}}}}, "seeds": [0],
+        "epochs": {"LeNet300": 3}, "batch_size": 50, "lr": {"LeNet300": 0.05}, "training": {"schedule": "cosine"},
+        "phases": {"retrain": 1, "share": 1, "num_rounds": 1, "retrain_lr": 1.0, "share_lr": 1.0},
+        "data": {"val_size": 59_000}, "claims": {"LeNet300": {"rate": 1000, "points": 50}}, "num_processes": 2,
+        "results": str(tmp_path / "cells.jsonl"),
+    }  # fmt: skip
+    result = deep_compression.measure(**arguments)
+    rows = {row["setting"]: row for row in result.rows}
+    assert list(rows) == ["dense", "paper", "whole"]
+    assert rows["dense"]["rate"] == 1.0
+    assert rows["paper"]["rate"] == pytest.approx(4 * 266_610 / rows["paper"]["file bytes"])
+    assert 40 < rows["paper"]["rate"] < 80
+    assert 4 < rows["whole"]["rate"] < 6
+    assert abs(rows["whole"]["points lost"]) < 4
+    assert all(row["points lost"] == pytest.approx(rows["dense"]["test accuracy, %"] - row["test accuracy, %"])
+               for row in result.rows)  # fmt: skip
+    assert len(result.failures) == 1
+    assert result.figure is not None
+    result.figure.savefig(tmp_path / "x.png")
+    before = Path(arguments["results"]).read_text()
+    assert deep_compression.measure(**arguments).rows == result.rows
+    assert Path(arguments["results"]).read_text() == before, "nothing was trained again"
+
+
 @pytest.mark.asynchronous
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 def test_staleness_suite_holds_all_but_staleness_equal_and_resumes(tmp_path: Path) -> None:
@@ -176,3 +223,68 @@ def test_links_suite_measures_both_speed_and_bytes() -> None:
     assert len(result.failures) == 1
     assert result.figure is not None
     assert not _left("squall.conf.suites.wires", "squall.consistency.host")
+
+
+def test_compressed_files_come_near_to_the_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AlexNet as the claim is about it: 61 million weights, and both coders; how fast is for a benchmark to say."""
+    monkeypatch.setattr(compression, "_SECONDS", 1e3)
+    result = compression.measure(["alexnet_2012"], ["ans", "huffman"], num_rounds=1)
+    assert not result.failures
+    assert [row["coder"] for row in result.rows] == ["ans", "huffman"]
+    assert all(row["exact"] for row in result.rows)
+    assert 36 < result.rows[1]["rate"] < result.rows[0]["rate"] < result.rows[0]["bound"] < 37.5
+    table = result.extra["tables"]["alexnet_2012 ans"]
+    densities = {row["layer"]: round(row["dens. %"]) for row in table if row["weights"] > 5000}
+    assert densities == dict(conv1=84, conv2=38, conv3=35, conv4=37, conv5=37, fc6=9, fc7=9, fc8=25, total=11)
+
+
+def test_the_bound_by_hand() -> None:
+    """Two of eight weights, of two values: 8 H(1/4) bits of positions, two of codes, and a bias."""
+    weight = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0]])
+    assert compression.bound({"w": weight, "b": torch.zeros(3)}) == pytest.approx(8 * 0.8112781 + 2 + 96)
+
+
+def test_compression_that_falls_short_is_said() -> None:
+    good = {"net": "alexnet_2012", "coder": "ans", "above it %": 1.9, "decode s": 1.1, "read s": 0.2, "exact": True}
+    assert compression._judge([good]) == []
+    for change in ({"above it %": 2.1}, {"decode s": 1.3}, {"exact": False}):
+        assert len(compression._judge([good | change])) == 1
+    assert compression._judge([good | {"coder": "huffman", "above it %": 5.9}]) == []
+    assert compression._judge([good | {"net": "vgg16", "decode s": 3.0}]) == []
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_sparse_training_suite_compares_with_dense_and_resumes(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "nets": ["LeNet300"], "densities": [0.05, 0.01], "seeds": [0], "epochs": {"LeNet300": 2}, "batch_size": 50,
+        "lr": {"LeNet300": 0.05}, "algorithms": {
+            "sparse_momentum": {"kind": "SparseMomentum"}, "rigl": {"kind": "RigL", "update_every": 10},
+            "static": {"kind": "Static"},
+        },
+        "training": {"momentum": 0.9, "weight_decay": 5e-4}, "drop_every": 0.5,
+        "data": {"val_size": 59_000}, "claims": {"LeNet300": {"0.05": 1e-3, "0.01": 1e3}}, "num_processes": 2,
+        "results": str(tmp_path / "cells.jsonl"),
+    }  # fmt: skip
+    result = sparse_training.measure(**arguments)
+    rows = {(row["density"], row["algorithm"]): row for row in result.rows}
+    assert list(rows) == [
+        (1.0, "dense"), *((density, name) for density in (0.05, 0.01) for name in arguments["algorithms"])
+    ]  # fmt: skip
+    for (density, _), row in rows.items():
+        assert row["live weights"] == pytest.approx(density * 266_200, abs=2 + 0.001 * 266_200 * density)
+        assert 10 < row["test error, %"] < 90
+        assert row["x dense"] == pytest.approx(row["test error, %"] / rows[1.0, "dense"]["test error, %"])
+    assert any("LeNet300 at 5%" in failure and "not 0.001" in failure for failure in result.failures)
+    assert not any("not 1000" in failure for failure in result.failures)
+    assert result.figure is not None
+
+    path = Path(arguments["results"])
+    written = path.read_text().splitlines()
+    assert len(written) == 7
+    path.write_text("\n".join(written[:6]) + "\n" + written[6][:30] + "\n")  # ended while it wrote
+    again = sparse_training.measure(**arguments)
+    assert len(path.read_text().splitlines()) == 8
+    times = {json.dumps(cell) for cell in again.extra["cells"]}
+    assert len(times & {json.dumps(cell) for cell in result.extra["cells"]}) == 6
+    errors = [[cell["error"] for cell in run.extra["cells"]] for run in (result, again)]
+    assert errors[0] == errors[1], "a cell is what its seed says"

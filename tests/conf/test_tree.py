@@ -47,7 +47,10 @@ class SmallData:
 def test_the_groups_are_those_that_users_know():
     names = {path.name for path in TREE.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
     assert names >= {"strategy", "model", "data", "trainer", "callbacks", "logger", "experiment"}
-    assert options("strategy") == ["column_parallel", "ddp", "downpour", "hogwild", "single"]
+    assert options("strategy") == [
+        "column_parallel", "ddp", "deep_compression", "downpour", "hogwild", "rigl", "set", "single", "sparse_momentum",
+        "static_mask",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", options("strategy"))
@@ -111,6 +114,8 @@ def test_trainers(tree, name):
         (["strategy=single"], 1),
         (["strategy=single", "trainer.devices=1"], 1),
         (["strategy=ddp"], 2),
+        (["strategy=sparse_momentum"], 1),
+        (["strategy=sparse_momentum", "strategy.inner=ddp"], 2),
         (["strategy=ddp", "trainer.devices=3"], 3),
         (["strategy=column_parallel"], 2),
         (["strategy.num_columns=3"], 3),
@@ -124,6 +129,11 @@ def test_number_of_processes(tree, overrides, num):
 def test_several_processes_of_a_single_device_are_refused(tree):
     with pytest.raises(command.UserError, match=r"strategy=ddp"):
         command.num_devices(tree("strategy=single", "trainer.devices=2"))
+
+
+def test_several_processes_of_a_sparse_single_device_are_refused(tree):
+    with pytest.raises(command.UserError, match=r"strategy.inner=ddp"):
+        command.num_devices(tree("strategy=rigl", "trainer.devices=2"))
 
 
 def write_images(root):
@@ -150,7 +160,10 @@ def test_experiments_run_a_batch(tree, tmp_path, name):
         cfg.strategy = OmegaConf.create(
             {"_target_": "lightning.pytorch.strategies.SingleDeviceStrategy", "device": "cpu"}
         )
-    if cfg.model.model.get("width") == 1.0:
-        cfg.model.model.width = 0.05
+    for key, narrow in (("width", 0.05), ("widen_factor", 1)):
+        if cfg.model.model.get(key, 0) >= 1.0:
+            cfg.model.model[key] = narrow
+    if "bits" in cfg.strategy.get("sparsity", {}):
+        cfg.strategy.sparsity.bits = {"*": 1}  # a narrow layer has few weights to share values
     metrics = command.run(cfg)
     assert "test/acc" in metrics, small

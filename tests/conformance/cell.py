@@ -20,12 +20,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-import squall  # noqa: F401  (registers the strategies)
-
 from .table import FEATURES, STRATEGIES, Entry
 
 NUM_CLASSES = 5
-_OWN_METRICS = ("bytes/", "crossings/", "staleness/", "updates/", "queue/", "workers/")
+_OWN_METRICS = ("bytes/", "crossings/", "staleness/", "updates/", "queue/", "workers/", "density/", "sparsity/")
 
 
 @dataclass(frozen=True)
@@ -152,10 +150,14 @@ class Cell:
     def has_columns(self) -> bool:
         return self.entry.strategy == "column_parallel"
 
+    def strategy(self) -> Any:
+        """What this column passes as ``Trainer(strategy=...)``."""
+        return self.entry.strategy() if callable(self.entry.strategy) else self.entry.strategy
+
     def trainer(self, strategy: Any = None, **options: Any) -> Trainer:
         """A quiet Trainer of this strategy, two epochs in double precision unless ``options`` say otherwise."""
         defaults: dict[str, Any] = {
-            "strategy": self.entry.strategy if strategy is None else strategy,
+            "strategy": self.strategy() if strategy is None else strategy,
             "devices": self.entry.num_ranks,
             "accelerator": "cpu",
             "default_root_dir": str(self.path),
@@ -216,8 +218,14 @@ class Cell:
 
     def after(self, trainer: Trainer, module: nn.Module) -> dict[str, Any]:
         """Weights, metrics and counters after a run."""
+        state = weights(module)
+        masks = getattr(trainer.strategy, "masks", {})
+        assert not (masks and all(mask.all() for mask in masks.values())), "nothing is sparse"
+        for name, mask in masks.items():
+            if name in state:
+                assert not state[name][~mask].any(), f"{name} has weights where none lives"
         return {
-            "weights": weights(module),
+            "weights": state,
             "metrics": metrics(trainer),
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import squall
+
 if TYPE_CHECKING:
     from .cell import Cell
 
@@ -24,16 +26,26 @@ class Entry:
         name: Its head, and the key of expected errors.
         num_ranks: Processes that its cells run on.
         num_replicas: Parts into which each global batch is dealt.
-        strategy: What a user passes as ``Trainer(strategy=...)``.
+        strategy: What a user passes as ``Trainer(strategy=...)``, or a function that makes it.
         exact: Whether its ranks must have what one device has. Ranks that don't wait for each other have not: their
             cells must end, agree on the weights, and have trained on all samples.
+        reference: The column that this one is compared with. Few weights don't compute what all do: one rank that has
+            few is compared with itself, in what each feature asks of it, and several ranks with one.
     """
 
     name: str
     num_ranks: int
     num_replicas: int
-    strategy: str
+    strategy: str | Callable[[], Any]
     exact: bool = True
+    reference: str = "single"
+
+
+def _sparse(inner: str) -> Callable[[], Any]:
+    def strategy() -> Any:
+        return squall.SparseStrategy(squall.sparsity.SparseMomentum(density=0.5), inner=inner)
+
+    return strategy
 
 
 # Adding a strategy is adding a line here. The first one is what all others are compared with.
@@ -43,8 +55,14 @@ STRATEGIES = (
     Entry("column_parallel", 2, 1, "column_parallel"),
     Entry("column_parallel 2x2", 4, 2, "column_parallel"),
     Entry("downpour", 1, 1, "downpour"),
+    Entry("downpour 2 workers", 2, 1, "downpour", exact=False),
     Entry("hogwild", 1, 1, "hogwild"),
+    Entry("hogwild 2 workers", 2, 1, "hogwild", exact=False),
+    Entry("sparse", 1, 1, _sparse("single"), reference="sparse"),
+    Entry("sparse_ddp", 2, 2, _sparse("ddp"), reference="sparse"),
 )
+# Those that have torch's DistributedDataParallel around the module.
+DDP = ("ddp", "sparse_ddp")
 # Those whose ranks don't wait for each other.
 ASYNCHRONOUS = tuple(entry.name for entry in STRATEGIES if entry.strategy in ("downpour", "hogwild"))
 

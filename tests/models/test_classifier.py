@@ -68,6 +68,19 @@ def test_exponential_steps_in_training(tmp_path):
     assert rates == pytest.approx([0.02 * 250 ** (-quarter / 3) for quarter in range(4) for _ in range(2)])
 
 
+def test_steps_in_training(tmp_path):
+    rates, _ = rates_of(tmp_path, lr=0.1, schedule="steps", steps_per_drop=3)
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001, 0.001])
+    with pytest.raises(ValueError, match="steps_per_drop"):
+        ImageClassifier(Linear(), schedule="steps", steps_per_drop=0)
+
+
+def test_nesterov_s_momentum(tmp_path):
+    module = ImageClassifier(Linear(), momentum=0.9, nesterov=True, schedule="none")
+    assert module.configure_optimizers().defaults["nesterov"]
+    assert not ImageClassifier(Linear(), schedule="none").configure_optimizers().defaults["nesterov"]
+
+
 def test_cosine_one_cycle_and_none_in_training(tmp_path):
     rates, _ = rates_of(tmp_path, lr=0.1, schedule="cosine")
     assert rates == pytest.approx([0.1 * cosine(step / 8) for step in range(8)])

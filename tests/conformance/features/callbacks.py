@@ -29,7 +29,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.model_summary import summarize
 
 from ..cell import Cell, Classifier, Unlike, metrics, weights
-from ..table import ASYNCHRONOUS, STRATEGIES, feature
+from ..table import ASYNCHRONOUS, DDP, STRATEGIES, feature
 
 
 @feature("ModelCheckpoint: top k and last")
@@ -122,7 +122,7 @@ def accumulation_scheduler(cell: Cell) -> dict[str, Any]:
 @feature(
     "BackboneFinetuning",
     errors=dict.fromkeys(ASYNCHRONOUS, "BackboneFinetuning gives the optimizer more"),
-    wrong={"ddp": "never averages what was frozen when it wrapped the module"},
+    wrong=dict.fromkeys(DDP, "never averages what was frozen when it wrapped the module"),
 )
 def finetuning(cell: Cell) -> dict[str, Any]:
     class Tuned(Classifier):
@@ -214,7 +214,7 @@ def lr_find(cell: Cell) -> dict[str, Any]:
 
 
 _NOT_DISTRIBUTED = "(Tuning the batch size is currently|The Batch size finder is) not supported with distributed"
-_ALL_DISTRIBUTED = {entry.name: _NOT_DISTRIBUTED for entry in STRATEGIES[1:]}
+_ALL_DISTRIBUTED = {entry.name: _NOT_DISTRIBUTED for entry in STRATEGIES if entry.name not in ("single", "sparse")}
 
 
 @feature("Tuner.scale_batch_size", errors=_ALL_DISTRIBUTED)

@@ -123,6 +123,7 @@ def _reference_checkpoint(cell: Cell, path: Path) -> Path:
     template["state_dict"] = module.state_dict()
     template["optimizer_states"] = [optimizer.state_dict()]
     template["lr_schedulers"] = [schedule.state_dict()]
+    template.pop("sparsity", None)  # which one device has not
     if cell.rank == 0:
         torch.save(template, path)
     cell.barrier()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..cell import NUM_CLASSES, Cell, Classifier, Unlike, network, samples, warned, weights
-from ..table import STRATEGIES, feature
+from ..table import DDP, STRATEGIES, feature
 
 _UNUSED = "parameters that were not used in producing the loss"
 
@@ -105,7 +105,7 @@ def shared(cell: Cell) -> dict[str, Any]:
     return observed
 
 
-@feature("unused parameters", errors={"ddp": _UNUSED}, late=("ddp",))
+@feature("unused parameters", errors=dict.fromkeys(DDP, _UNUSED), late=DDP)
 def unused(cell: Cell) -> dict[str, Any]:
     class Unused(Classifier):
         def __init__(self) -> None:

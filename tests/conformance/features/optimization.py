@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 
 from ..cell import Cell, Classifier, network, warned
-from ..table import ASYNCHRONOUS, STRATEGIES, feature
+from ..table import ASYNCHRONOUS, DDP, STRATEGIES, feature
 
 _FIND_UNUSED = "parameters that were not used in producing the loss"
 
@@ -27,8 +27,8 @@ def clip_by_norm(cell: Cell) -> dict[str, Any]:
 
     observed = cell.fit(Clipped(lr=1.0), gradient_clip_val=0.05)
     assert norms or not cell.entry.exact  # a rank may have had one batch
-    assert max(norms) <= 0.05 * (1 + 1e-9)
-    assert min(norms) > 0.0499, "nothing was clipped"
+    assert max(norms, default=0.05) <= 0.05 * (1 + 1e-9)
+    assert min(norms, default=0.05) > 0.0499, "nothing was clipped"
     return {**observed, "norms": norms}
 
 
@@ -109,7 +109,7 @@ def several_optimizers(cell: Cell) -> dict[str, Any]:
     return cell.fit(Several())
 
 
-@feature("optimizers in turn (toggle_optimizer)", errors={"ddp": _FIND_UNUSED}, late=("ddp",))
+@feature("optimizers in turn (toggle_optimizer)", errors=dict.fromkeys(DDP, _FIND_UNUSED), late=DDP)
 def toggled_optimizers(cell: Cell) -> dict[str, Any]:
     class Toggled(Classifier):
         automatic_optimization = False
@@ -195,7 +195,9 @@ _HOGWILD = {entry.name: "does not treat every element" for entry in STRATEGIES i
 @feature(
     "L-BFGS",
     tolerance=1e-7,
-    errors=dict.fromkeys(ASYNCHRONOUS, "LBFGS (asks for the loss|does not treat every element)"),
+    errors=dict.fromkeys(
+        (*ASYNCHRONOUS, "sparse_ddp"), "LBFGS (asks for the loss|does not treat every|searches along)"
+    ),
     wrong={"ddp": "each replica searches along its own loss, and they part"},
 )
 def lbfgs(cell: Cell) -> dict[str, Any]:

@@ -1,0 +1,363 @@
+"""Who owns the masks of a training: keeps dead weights at 0 under any optimizer, and lets an algorithm move the masks.
+
+A gradient is *cut* as soon as it is complete: what clipping and hooks see of it is that of live weights. What was cut
+off hangs on the gradient's tensor and goes when that goes. Where an algorithm reads the momentum of dead weights, it is
+put back right before the optimizer computes, scaled as the live part was meanwhile (clipped, unscaled), so that the
+optimizer's own momentum is dense. Otherwise the optimizer never sees it, and its state of dead weights is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from .algorithms import SparseAlgorithm, Update
+from .layers import Layer, plain_name
+
+_CUT = "_squall_cut"  # on a gradient: what was cut off, and the norm of the rest
+_BETA = 0.9  # of the momentum that is kept beside an optimizer without one
+VERSION = 1
+
+
+class MaskedTraining:
+    """The masks of a training, and what there is to remember about it.
+
+    There are none before :meth:`reset` or :meth:`load_state_dict`.
+
+    Args:
+        algorithm: Moves the masks.
+        parameters: Those that can be sparse, by name.
+        seed: Of the masks and of random growth; equal on all ranks.
+        share: Makes a tensor what it is on the first rank, in place; None if there is one rank.
+        progress: Tells the part of the training that is done.
+
+    Example:
+        >>> from squall.sparsity import Static
+        >>> net = nn.Linear(4, 4)
+        >>> training = MaskedTraining(Static(density=0.25), {"weight": net.weight}, seed=0)
+        >>> training.reset()
+        >>> int(training.masks["weight"].sum()), int(net.weight.count_nonzero())
+        (4, 4)
+
+    """
+
+    def __init__(
+        self,
+        algorithm: SparseAlgorithm,
+        parameters: Mapping[str, nn.Parameter],
+        seed: int,
+        share: Callable[[Tensor], object] | None = None,
+        progress: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.algorithm = algorithm
+        self.parameters = dict(parameters)
+        self.masks: dict[str, Tensor] = {}
+        self.num_steps: list[int] = []
+        self.epoch = 0
+        self.last_update = Update()
+        self.num_grown = 0
+        self._dead: dict[str, Tensor] = {}
+        self._momentum: dict[str, Tensor] = {}  # of optimizers that have none
+        self._generator = torch.Generator().manual_seed(seed)
+        self._share, self._progress = share, progress
+        self._optimizers: list[Optimizer] = []
+        self._handles: list[Any] = []
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+
+    def expect(self, num_epochs: int | None, hurried: bool = False) -> None:
+        """Take note of how long the training is, for an algorithm that has phases.
+
+        Args:
+            num_epochs: Of the training.
+            hurried: Whether it is only to be seen that it runs.
+
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to log at the beginning of an epoch, beside densities."""
+        return {"sparsity/prune_rate": self.last_update.prune_rate}
+
+    # ------------------------------------------------------------------ masks
+
+    def reset(self, trained: bool = False) -> None:
+        """Begin with new masks.
+
+        Args:
+            trained: Whether the weights come from a training without masks.
+
+        """
+        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        self._set(self.algorithm.first_masks(weights, self._generator, trained))
+        self._momentum.clear()
+        self.num_steps = [0] * len(self._optimizers)
+        self.apply()
+
+    def _set(self, masks: Mapping[str, Tensor]) -> None:
+        """Take masks over, the first rank's on all of them."""
+        self.masks |= {name: mask.to(self.parameters[name].device) for name, mask in masks.items()}
+        if self._share is not None and masks:
+            flat = torch.cat([self.masks[name].flatten() for name in masks]).view(torch.uint8)
+            self._share(flat)
+            parts = flat.view(torch.bool).split([mask.numel() for mask in masks.values()])
+            self.masks |= {name: part.view(masks[name].shape).clone() for name, part in zip(masks, parts, strict=True)}
+        self._dead |= {name: ~self.masks[name] for name in masks}
+
+    def _change(self, masks: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+        """Take masks over in the middle of a training by optimizers that know the ones before."""
+        self._set(masks)
+        for optimizer in optimizers:
+            if isinstance(optimizer, LBFGS):
+                optimizer.state.clear()  # its past directions are those of other masks
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set dead weights to 0, and their state in optimizers that have no use for it."""
+        for name, dead in self._dead.items():
+            self.parameters[name].masked_fill_(dead, 0)
+        for optimizer in self._optimizers:
+            self._clear_state(optimizer)
+
+    def masked_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A module's state with zeros where nothing lives, such as an average of weights of several masks.
+
+        Args:
+            state_dict: As the module has it.
+
+        """
+        masked = dict(state_dict)
+        for key, value in state_dict.items():
+            mask = self._dead.get(plain_name(key))
+            if mask is not None and isinstance(value, Tensor) and value.shape == mask.shape:
+                masked[key] = value.masked_fill(mask.to(value.device), 0)
+        return masked
+
+    # ------------------------------------------------------------------ optimizers
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Have the masks respected by optimizers, until :meth:`detach`.
+
+        Args:
+            optimizers: Each one's layers trade weights among themselves.
+
+        """
+        self.detach()
+        self._optimizers = list(optimizers)
+        self.num_steps = (self.num_steps + [0] * len(self._optimizers))[: len(self._optimizers)]
+        self._set(self.masks)
+        for index, optimizer in enumerate(self._optimizers):
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step(index)))
+        self.apply()
+
+    def detach(self) -> None:
+        """Leave the optimizers alone."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._optimizers = []
+
+    def _layers_of(self, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._names.get(id(parameter))
+                if name in self.masks:
+                    yield name, parameter, group
+
+    def _feeds(self, group: Mapping[str, Any]) -> bool:
+        """Whether an optimizer is to see the gradients of dead weights, for its momentum."""
+        return "momentum" in self.algorithm.reads and (bool(group.get("momentum")) or "betas" in group)
+
+    @torch.no_grad()
+    def cut_gradients(self) -> None:
+        """Set the gradients of dead weights to 0; called when a backward pass has completed them."""
+        for index, optimizer in enumerate(self._optimizers):
+            keep = self._reads_gradients(index)
+            for name, parameter, _ in self._layers_of(optimizer):
+                if parameter.grad is not None:
+                    self._cut(parameter.grad, self._dead[name], keep)
+
+    def _reads_gradients(self, index: int) -> bool:
+        reads = self.algorithm.reads
+        return "momentum" in reads or (
+            "gradient" in reads and self.algorithm.is_due(self.num_steps[index] + 1, False, self._progress())
+        )
+
+    @staticmethod
+    def _cut(gradient: Tensor, dead: Tensor, keep: bool) -> None:
+        if not keep:
+            gradient.masked_fill_(dead, 0)
+            return
+        off = gradient.masked_fill(~dead, 0)
+        before = getattr(gradient, _CUT, None)  # of a backward pass to which this one was added
+        if before is not None:
+            off += before[0]
+        gradient.masked_fill_(dead, 0)
+        setattr(gradient, _CUT, (off, gradient.norm()))
+
+    @staticmethod
+    def _cut_off(gradient: Tensor) -> Tensor | None:
+        """What was cut off a gradient, scaled as the rest was since: unscaled, or clipped."""
+        cut = getattr(gradient, _CUT, None)
+        if cut is None:
+            return None
+        off, norm = cut
+        scale = torch.where(norm > 0, gradient.norm() / norm, 1.0).to(off.dtype)
+        return torch.nan_to_num(off * scale, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Have the last word before the optimizer computes: after its closure, if that is what computes gradients."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._complete(optimizer)
+            return None
+
+        def closed(*arguments: Any) -> Any:
+            result = closure(*arguments)
+            self._complete(optimizer)
+            return result
+
+        return args[:1], {**kwargs, "closure": closed}
+
+    @torch.no_grad()
+    def _complete(self, optimizer: Optimizer) -> None:
+        keep = self._reads_gradients(self._optimizers.index(optimizer))
+        for name, parameter, group in self._layers_of(optimizer):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if not hasattr(gradient, _CUT):  # a backward pass that nobody announced
+                self._cut(gradient, self._dead[name], keep)
+            if self._feeds(group):
+                off = self._cut_off(gradient)
+                gradient.add_(off if off is not None else 0)
+
+    def _after_step(self, index: int) -> Callable[..., None]:
+        @torch.no_grad()
+        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            gradients = {}
+            for name, parameter, group in self._layers_of(optimizer):
+                dead, gradient = self._dead[name], parameter.grad
+                parameter.masked_fill_(dead, 0)
+                if gradient is None:
+                    continue
+                if hasattr(gradient, _CUT):
+                    off = None if self._feeds(group) else self._cut_off(gradient)
+                    complete = gradient.clone() if off is None else gradient + off
+                    if "momentum" in self.algorithm.reads and _momentum_in(optimizer, parameter) is None:
+                        self._momentum[name] = _BETA * self._momentum.get(name, 0) + complete
+                    gradients[name] = complete
+                    delattr(gradient, _CUT)
+                gradient.masked_fill_(dead, 0)
+            self.num_steps[index] += 1
+            if self.algorithm.is_due(self.num_steps[index], False, self._progress()):
+                self._update(index, gradients)
+
+        return after_step
+
+    def _clear_state(self, optimizer: Optimizer) -> None:
+        for name, parameter, group in self._layers_of(optimizer):
+            if not self._feeds(group):
+                for value in optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.masked_fill_(self._dead[name], 0)
+
+    # ------------------------------------------------------------------ moving
+
+    def end_epoch(self, epoch: int) -> None:
+        """Move the masks between epochs, if it is time to.
+
+        Args:
+            epoch: The one that begins; nothing happens if it has begun before.
+
+        """
+        if epoch <= self.epoch:
+            return
+        self.epoch = epoch
+        for index, num_steps in enumerate(self.num_steps):
+            if num_steps and self.algorithm.is_due(num_steps, True, self._progress()):
+                self._update(index, {})
+
+    @torch.no_grad()
+    def _update(self, index: int, gradients: Mapping[str, Tensor]) -> None:
+        optimizer = self._optimizers[index]
+        layers: list[Layer] = []
+        anything = not self.algorithm.reads
+        for name, parameter, _ in self._layers_of(optimizer):
+            momentum = _momentum_in(optimizer, parameter)
+            found = {
+                "momentum": self._momentum.get(name) if momentum is None else momentum,
+                "gradient": gradients.get(name),
+            }
+            anything |= any(found[signal] is not None for signal in self.algorithm.reads)
+            signals = {signal: _or_zeros(found[signal], parameter) for signal in self.algorithm.reads}
+            layers.append(Layer(name, parameter.detach(), self.masks[name], signals, self._generator))
+        if layers and anything:  # a new optimizer has no momentum yet, and there is nothing to go by
+            self.last_update = self.algorithm.update(layers, self.num_steps[index], self._progress())
+            self.num_grown += self.last_update.num_grown
+            self._change({layer.name: layer.mask for layer in layers}, [optimizer])
+            for name, parameter, _ in self._layers_of(optimizer):
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(self._dead[name], 0)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs to go on as if it had not been interrupted."""
+        return {
+            "version": VERSION,
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "momentum": {name: value.clone() for name, value in self._momentum.items()},
+            "generator": self._generator.get_state(),
+            "num_steps": list(self.num_steps),
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Args:
+            state: Of a training of the same layers.
+
+        Raises:
+            ValueError: It is of other layers, or of a newer version.
+
+        """
+        if state.get("version") != VERSION:
+            raise ValueError(
+                f"The checkpoint's masks are of version {state.get('version')}; this is version {VERSION}."
+            )
+        for name, mask in state["masks"].items():
+            if name not in self.parameters or self.parameters[name].shape != mask.shape:
+                raise ValueError(
+                    f"The checkpoint has a mask for {name} of shape {tuple(mask.shape)}, and this training has no such"
+                    " sparse layer. Give the Strategy the same `dense` layers, and the same model."
+                )
+        self.masks, self._dead = {}, {}
+        self._set(state["masks"])
+        self._momentum = {
+            name: value.to(self.parameters[name].device, copy=True) for name, value in state["momentum"].items()
+        }
+        self._generator.set_state(state["generator"].cpu())
+        self.num_steps = list(state["num_steps"])
+        self.epoch = state["epoch"]
+        self.apply()
+
+
+def _or_zeros(value: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if value is None else value
+
+
+def _momentum_in(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | None:
+    """The momentum that an optimizer keeps; of Adam and its kin in units of its size, as its steps are."""
+    state = optimizer.state.get(parameter, {})
+    if isinstance(state.get("exp_avg"), Tensor):
+        average: Tensor = state["exp_avg"]
+        squares = state.get("exp_avg_sq")
+        return average / (squares.sqrt() + 1e-8) if isinstance(squares, Tensor) else average
+    buffer = state.get("momentum_buffer")
+    return buffer if isinstance(buffer, Tensor) else None
