@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "asynchronous" in item.keywords:
             item.add_marker(pytest.mark.flaky(reruns=1))
+        else:
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun="did not answer|have not started"))
 
 
 @pytest.fixture(autouse=True)

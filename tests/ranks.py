@@ -8,6 +8,7 @@ dies or raises takes its processes with it, and the next call starts new ones.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import socket
 import tempfile
@@ -38,6 +39,8 @@ def _serve(rank: int, num_ranks: int, connection: Connection) -> None:
     os.dup2(devnull.fileno(), 1)
     import squall  # noqa: F401
 
+    # A data worker that collected a process group of an earlier fit would join threads that it has not got.
+    os.register_at_fork(after_in_child=gc.freeze)
     connection.send("ready")
     while True:
         try:
