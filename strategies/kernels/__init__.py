@@ -5,6 +5,7 @@ A kernel's function has its folder's name, and the function is what this package
 into the folder.
 """
 
+from . import native
 from .local_response_norm.function import local_response_norm as local_response_norm
 
 __all__ = ["available", "local_response_norm"]
@@ -14,11 +15,12 @@ def available() -> dict[str, str]:
     """Tell which path serves each kernel in this installation.
 
     Returns:
-        A kernel's name to its path: ``"torch"`` is Torch operations, which run wherever Torch does.
+        A kernel's name to its path: ``"avx512"``, ``"avx2"`` or ``"plain"`` for the compiled one with these
+        instructions, ``"torch"`` for Torch operations, which run wherever Torch does.
 
     Example:
-        >>> available()["local_response_norm"]
-        'torch'
+        >>> available()["local_response_norm"] in ("avx512", "avx2", "plain", "torch")
+        True
 
     """
-    return {"local_response_norm": "torch"}
+    return {"local_response_norm": native.isa()}

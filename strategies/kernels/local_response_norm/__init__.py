@@ -1,4 +1,4 @@
-"""Local response normalisation: the function users call, and the Torch path that serves it."""
+"""Local response normalisation: the function users call, the compiled kernel, and the Torch path."""
 
 from .function import local_response_norm
 from .torch_path import differentiable_backward, torch_backward, torch_forward

@@ -188,6 +188,7 @@ def _torch_response_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @rule(local_response_norm)
 def _squall_response_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    named = dict(zip(("x", "size", "alpha", "beta", "k", "groups"), args, strict=False))
+    named = dict(zip(("x", "size", "alpha", "beta", "k", "groups", "relu"), args, strict=False))
     named.update(kwargs)
-    return _response_norm(named["x"], named["size"], named["alpha"], named["beta"], named["k"], named.get("groups", 1))
+    x = named["x"].relu() if named.get("relu") else named["x"]
+    return _response_norm(x, named["size"], named["alpha"], named["beta"], named["k"], named.get("groups", 1))

@@ -1,0 +1,140 @@
+"""The library of compiled kernels: where it is, what it was built for, and how to call it.
+
+It is plain C on raw pointers, so that one wheel serves any torch, and it is optional: without a compiler installation
+succeeds, Torch operations serve, and :func:`squall.kernels.available` tells. One binary has every kernel for AVX-512,
+AVX2 and neither; the best that the machine has is chosen when the library is loaded, and ``SQUALL_ISA`` (``plain``,
+``avx2``, ``avx512``, or ``torch`` for none of them) when it isn't wanted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+ISAS = ("plain", "avx2", "avx512")
+"""Instruction sets, by their number in the library."""
+TORCH = "torch"
+"""In place of an instruction set: Torch operations."""
+
+
+def _load() -> ctypes.CDLL | None:
+    try:
+        path = importlib.import_module("squall.kernels.native._library").__file__
+        assert path is not None
+        library = ctypes.CDLL(path)
+    except (ImportError, OSError) as error:
+        warnings.warn(
+            f"Squall's compiled kernels are missing ({error}): Torch operations serve, which are slower. Install"
+            " Squall from a wheel, or where there is a C compiler.",
+            stacklevel=2,
+        )
+        return None
+    region = _parallel_region()
+    library.squall_set_parallel_region(region)
+    return library
+
+
+def _parallel_region() -> ctypes.c_void_p | None:
+    """Find ``GOMP_parallel`` of the OpenMP that Torch has loaded; None if there is none, and threads are started."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "omp" in line and ".so" in line}
+    except (OSError, IndexError):
+        return None
+    # Torch's wheel brings its own, which another package's (scikit-learn's) must not stand in for.
+    for path in sorted(paths, key=lambda path: ("torch" not in path, path)):
+        if "gomp" in os.path.basename(path) or "iomp" in os.path.basename(path):
+            try:
+                return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p)
+            except (OSError, AttributeError):
+                continue
+    return None
+
+
+_library = _load()
+_isa = TORCH
+
+
+def _choose(isa: str | None) -> str:
+    """Set the instruction set; returns the one in use."""
+    if isa is not None and isa not in (*ISAS, TORCH):
+        raise ValueError(f"SQUALL_ISA={isa!r} must be one of {', '.join((*ISAS, TORCH))}.")
+    if isa == TORCH or _library is None:
+        return TORCH
+    chosen = _library.squall_set_isa(-1 if isa is None else ISAS.index(isa))
+    if chosen < 0:
+        raise ValueError(f"SQUALL_ISA={isa!r}: this machine has no such instructions.")
+    return ISAS[chosen]
+
+
+_isa = _choose(os.environ.get("SQUALL_ISA") or None)
+
+
+def isa() -> str:
+    """Tell which instruction set kernels use, or ``"torch"``."""
+    return _isa
+
+
+@contextmanager
+def forced(isa: str) -> Iterator[None]:
+    """Use another instruction set within a ``with`` block, in all threads.
+
+    Args:
+        isa: One of :data:`ISAS`, or ``"torch"``.
+
+    Raises:
+        ValueError: If there is no such one, or this machine lacks it.
+
+    """
+    global _isa
+    before = _isa
+    _isa = _choose(isa)
+    try:
+        yield
+    finally:
+        _isa = _choose(before)
+
+
+def isas() -> list[str]:
+    """List the instruction sets that this machine and this library have."""
+    if _library is None:
+        return []
+    found = []
+    for index, name in enumerate(ISAS):
+        if _library.squall_set_isa(index) == index:
+            found.append(name)
+    _choose(_isa)
+    return found
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """Tell whether the library can work on tensors: plain memory of the CPU, single or double precision."""
+    return _isa != TORCH and all(
+        tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) for tensor in tensors
+    )
+
+
+def function(name: str, *argument_types: Any) -> Any:
+    """Find a function of the library.
+
+    Args:
+        name: Its name.
+        argument_types: Of ctypes.
+
+    Returns:
+        The function; None if there is no library.
+
+    """
+    if _library is None:
+        return None
+    found = getattr(_library, name)
+    found.argtypes = argument_types
+    found.restype = None
+    return found
