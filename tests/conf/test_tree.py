@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import OmegaConf, open_dict
 
 from squall.conf import main as command
+from tests.models.test_data_modules import write_fashion
 
 TREE = Path(command.__file__).parent
 
@@ -153,6 +154,9 @@ def test_experiments_run_a_batch(tree, tmp_path, name):
     overrides = [f"experiment={name}", "trainer.fast_dev_run=true", "callbacks=none", "logger=none"]
     cfg = tree(*overrides)
     needs_folder = str(cfg.data.get("_target_", "")).endswith("ImageFolderDataModule")
+    if str(cfg.data.get("_target_", "")).endswith("FashionMNISTDataModule"):
+        write_fashion(tmp_path / "fashion", num_train=400)
+        overrides += [f"data.root={tmp_path / 'fashion'}", "data.val_size=100"]
     overrides += [f"data.root={tmp_path / 'images'}", "data.num_workers=0", "data.batch_size=2"] if needs_folder else []
     columns = "num_columns" in cfg.strategy
     cfg = tree(*overrides)
