@@ -7,8 +7,9 @@ into the folder.
 
 from . import native
 from .local_response_norm.function import local_response_norm as local_response_norm
+from .sparse_conv.function import sparse_conv2d as sparse_conv2d
 
-__all__ = ["available", "local_response_norm"]
+__all__ = ["available", "local_response_norm", "sparse_conv2d"]
 
 
 def available() -> dict[str, str]:
@@ -23,4 +24,4 @@ def available() -> dict[str, str]:
         True
 
     """
-    return {"local_response_norm": native.isa()}
+    return dict.fromkeys(("local_response_norm", "sparse_conv2d"), native.isa())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,6 +120,31 @@ def serves(*tensors: torch.Tensor) -> bool:
     return _isa != TORCH and all(
         tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) for tensor in tensors
     )
+
+
+_own = threading.local()
+_MOST_KEPT = 1 << 26
+
+
+def workspace(num: int, name: str) -> torch.Tensor:
+    """Memory for intermediate results: the calling thread's own, and kept, since fresh pages cost as much as the work.
+
+    Args:
+        num: Single-precision numbers.
+        name: What for; two of one name are the same memory.
+
+    Returns:
+        Shape (num,), uninitialised.
+
+    """
+    if num > _MOST_KEPT:
+        return torch.empty(num)
+    kept = getattr(_own, name, None)
+    if kept is None or len(kept) < num:
+        kept = torch.empty(num)
+        setattr(_own, name, kept)
+    result: torch.Tensor = kept[:num]
+    return result
 
 
 def function(name: str, *argument_types: Any) -> Any:

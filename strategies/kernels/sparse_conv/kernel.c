@@ -1,0 +1,138 @@
+/* Direct sparse convolution: a live weight is one shifted multiply-add over many output pixels.
+ *
+ * Inputs are packed first, so that what a weight reads for consecutive output pixels is consecutive: a channel is a row
+ * of numbers, `lanes` samples of a pixel beside each other, rows of the image `pitch` pixels apart with zeros between
+ * them (one gap serves both neighbours), strides taken apart into phases. An output pixel has the same place in its
+ * row, so a tile of TILE x 16 numbers of the output is TILE registers, and the weight's offset says where its inputs
+ * begin. Pixels in the gaps are computed too, and thrown away.
+ *
+ * Input channels come in blocks that stay in the nearest cache while all outputs go over them; a tile's sums stay in the
+ * next one meanwhile.
+ */
+#include <string.h>
+
+#include "../native/native.h"
+
+typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
+
+enum { WIDTH = 16, MOST = 14 };
+
+struct pack {
+    const float *x;
+    float *packed;
+    int64_t channels, height, width;            /* of x */
+    int64_t samples, lanes;
+    int64_t stride_y, stride_x, num_phases;
+    const int64_t *phases;                      /* y and x of each */
+    int64_t first_y, rows, columns, pitch;      /* of a phase: rows from first_y on, which may lie outside of x */
+    int64_t guard, phase_size, channel_size;    /* numbers */
+};
+
+struct conv {
+    const float *packed;
+    const float *values;
+    const int32_t *offsets;
+    const int64_t *starts;                      /* of a block's and output's weights: (groups, blocks, outputs) + 1 */
+    const int32_t *which;                       /* output of its group that this is: (groups, blocks, outputs) */
+    const float *bias;                          /* or NULL */
+    float *y;
+    float *scratch;
+    int64_t samples, lanes, groups, inputs, outputs; /* inputs and outputs of a group */
+    int64_t blocks, block_size;                 /* blocks of input channels */
+    int64_t height, width, pitch;               /* of the output */
+    int64_t numbers;                            /* of an output channel, from the first pixel to the last */
+    int64_t tile, tiles;                        /* registers of a tile, tiles of a channel */
+    int64_t row_tiles;                          /* tiles of a row, or 0 if they run on from row to row */
+    int64_t guard, channel_size;
+    int64_t num_scratch;
+    int relu;
+    /* of the weight's gradient */
+    const float *grad;
+    int64_t grad_channel_size;
+    float *result;
+    int64_t slices;
+};
+
+/* Transposition of 16 registers of 16 numbers, which is how 16 samples come to lie side by side and apart again. In step
+ * s numbers change places with those s rows and s columns further, as far as bit s of their places differs. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SQUALL_HAS_SHUFFLE 1
+#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#else
+#define SQUALL_HAS_SHUFFLE 0
+#endif
+
+/* Where a tile begins; returns how many registers it has. */
+static int64_t tile_at(const struct conv *c, int64_t tile, int64_t *begin)
+{
+    int64_t end = c->numbers;
+    *begin = tile * c->tile * WIDTH;
+    if (c->row_tiles) {
+        int64_t row = tile / c->row_tiles * c->pitch * c->lanes;
+        *begin = row + tile % c->row_tiles * c->tile * WIDTH;
+        end = row + c->width * c->lanes;
+    }
+    int64_t left = (end - *begin + WIDTH - 1) / WIDTH;
+    return left < c->tile ? left : c->tile;
+}
+
+static void count_tiles(struct conv *c)
+{
+    c->numbers = ((c->height - 1) * c->pitch + c->width) * c->lanes;
+    c->tiles = c->row_tiles ? c->height * c->row_tiles : (c->numbers + WIDTH * c->tile - 1) / (WIDTH * c->tile);
+}
+
+#define TEMPLATE "../sparse_conv/template.h"
+#include "../native/each_isa.h"
+
+/* (samples, channels, height, width) to (blocks of samples, channels, phases, rows, pitch, lanes). */
+SQUALL_EXPORT void squall_sparse_conv_pack(const float *x, float *packed, int64_t samples, int64_t channels,
+                                           int64_t height, int64_t width, int64_t lanes, int64_t stride_y,
+                                           int64_t stride_x, const int64_t *phases, int64_t num_phases,
+                                           int64_t first_y, int64_t rows, int64_t columns, int64_t pitch,
+                                           int64_t guard, int64_t channel_size, int num_threads)
+{
+    struct pack pack = {x, packed, channels, height, width, samples, lanes, stride_y, stride_x, num_phases, phases,
+                        first_y, rows, columns, pitch, guard, rows * pitch * lanes, channel_size};
+    squall_parallel(SQUALL_PICK(pack), &pack, (samples + lanes - 1) / lanes * channels, num_threads);
+}
+
+SQUALL_EXPORT void squall_sparse_conv(const float *packed, const float *values, const int32_t *offsets,
+                                      const int64_t *starts, const int32_t *which, const float *bias, float *y, float *scratch,
+                                      int64_t num_scratch, int64_t samples, int64_t lanes, int64_t groups,
+                                      int64_t inputs, int64_t outputs, int64_t blocks, int64_t block_size,
+                                      int64_t height, int64_t width, int64_t pitch, int64_t tile, int64_t row_tiles, int64_t guard,
+                                      int64_t channel_size, int relu, int num_threads)
+{
+    struct conv conv = {.packed = packed, .values = values, .offsets = offsets, .starts = starts, .which = which, .bias = bias, .y = y,
+                        .scratch = scratch, .samples = samples, .lanes = lanes, .groups = groups, .inputs = inputs,
+                        .outputs = outputs, .blocks = blocks, .block_size = block_size, .height = height,
+                        .width = width, .pitch = pitch, .tile = tile, .row_tiles = row_tiles, .guard = guard, .channel_size = channel_size,
+                        .num_scratch = num_scratch, .relu = relu};
+    count_tiles(&conv);
+    squall_parallel(SQUALL_PICK(forward), &conv, (samples + lanes - 1) / lanes * groups * conv.tiles, num_threads);
+}
+
+/* The weights' gradients, one number a live weight; `grad` is packed like the output, with zeros in the gaps. */
+SQUALL_EXPORT void squall_sparse_conv_weight_grad(const float *packed, const float *grad, const int32_t *offsets,
+                                                  const int64_t *starts, const int32_t *which, float *result, int64_t samples, int64_t lanes,
+                                                  int64_t groups, int64_t inputs, int64_t outputs, int64_t blocks,
+                                                  int64_t block_size, int64_t height, int64_t width,
+                                                  int64_t pitch, int64_t tile, int64_t row_tiles, int64_t guard, int64_t channel_size,
+                                                  int64_t grad_channel_size, int64_t slices, int num_threads)
+{
+    struct conv conv = {.packed = packed, .grad = grad, .offsets = offsets, .starts = starts, .which = which, .result = result,
+                        .samples = samples, .lanes = lanes, .groups = groups, .inputs = inputs, .outputs = outputs,
+                        .blocks = blocks, .block_size = block_size, .height = height, .width = width,
+                        .pitch = pitch, .tile = tile, .row_tiles = row_tiles, .guard = guard, .channel_size = channel_size, .grad_channel_size = grad_channel_size,
+                        .slices = slices};
+    count_tiles(&conv);
+    squall_parallel(SQUALL_PICK(weight_grad), &conv, groups * slices, num_threads);
+}

@@ -1,0 +1,100 @@
+"""The compiled sparse convolution and its gradients, on plain single-precision memory of the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from squall.kernels import native
+
+from .plan import WIDTH, Packing, Plan
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_pack_kernel = native.function(
+    "squall_sparse_conv_pack", *[_POINTER] * 2, *[_LONG] * 7, _POINTER, *[_LONG] * 7, _INT
+)  # fmt: skip
+_conv_kernel = native.function("squall_sparse_conv", *[_POINTER] * 8, *[_LONG] * 15, *[_INT] * 2)
+_grad_kernel = native.function("squall_sparse_conv_weight_grad", *[_POINTER] * 6, *[_LONG] * 15, _INT)
+
+
+def pack(x: Tensor, packing: Packing, stride: tuple[int, int], name: str = "packed") -> Tensor:
+    """Lay images out for the kernel.
+
+    Args:
+        x: Shape (N, C, H, W), contiguous.
+        packing: How.
+        stride: Distance of a phase's rows and columns in ``x``.
+        name: Of the workspace that they are laid out in.
+
+    Returns:
+        Flat numbers.
+
+    """
+    samples, channels, height, width = x.shape
+    num_blocks = -(-samples // packing.lanes)
+    packed = native.workspace(num_blocks * channels * packing.channel_size + packing.tail, name)
+    packed[-packing.tail :].zero_()  # what is computed of it is thrown away, or times zero: it must be finite
+    table = packing.phase_table
+    _pack_kernel(
+        x.data_ptr(), packed.data_ptr(), samples, channels, height, width, packing.lanes, *stride, table.data_ptr(),
+        len(packing.phases), packing.first_y, packing.rows, packing.columns, packing.pitch, packing.guard,
+        packing.channel_size, torch.get_num_threads(),
+    )  # fmt: skip
+    return packed
+
+
+def convolve(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, relu: bool) -> Tensor:
+    """Convolve.
+
+    Args:
+        x: Shape (N, C, H, W), contiguous.
+        values: Of the live weights, in the plan's order.
+        plan: For these sizes.
+        bias: Shape (outputs,), or None.
+        relu: Whether to end with one.
+
+    Returns:
+        The output, contiguous.
+
+    """
+    sizes, packing, num_threads = plan.sizes, plan.packing, torch.get_num_threads()
+    packed = pack(x, packing, sizes.stride)
+    num_outputs, num_inputs = sizes.weight[:2]
+    y = torch.empty(sizes.samples, num_outputs, sizes.out_height, sizes.out_width)
+    num_scratch = num_outputs // sizes.groups * plan.tile * WIDTH
+    scratch = native.workspace(num_threads * num_scratch, "sums")
+    _conv_kernel(
+        packed.data_ptr(), values.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(), plan.which.data_ptr(),
+        None if bias is None else bias.data_ptr(), y.data_ptr(), scratch.data_ptr(), num_scratch, sizes.samples,
+        packing.lanes, sizes.groups, num_inputs, num_outputs // sizes.groups, plan.num_blocks, plan.block_size,
+        sizes.out_height, sizes.out_width, packing.pitch, plan.tile, plan.row_tiles, packing.guard, packing.channel_size, relu,
+        num_threads,
+    )  # fmt: skip
+    return y
+
+
+def weight_gradient(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
+    """Compute the gradients of the live weights.
+
+    Args:
+        x: The input, contiguous.
+        grad: By the output, contiguous.
+        plan: For these sizes.
+
+    Returns:
+        A number a live weight, in the plan's order.
+
+    """
+    sizes, num_threads = plan.sizes, torch.get_num_threads()
+    packed, packed_grad = pack(x, plan.packing, sizes.stride), pack(grad, plan.grad_packing, (1, 1), "grad")
+    result = torch.zeros(len(plan.order))
+    outputs = sizes.weight[0] // sizes.groups
+    _grad_kernel(
+        packed.data_ptr(), packed_grad.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(), plan.which.data_ptr(), result.data_ptr(),
+        sizes.samples, plan.packing.lanes, sizes.groups, sizes.weight[1], outputs, plan.num_blocks, plan.block_size,
+        sizes.out_height, sizes.out_width, plan.packing.pitch, plan.tile, plan.row_tiles, plan.packing.guard,
+        plan.packing.channel_size, plan.grad_packing.channel_size, min(outputs, 4 * num_threads), num_threads,
+    )  # fmt: skip
+    return result

@@ -1,0 +1,241 @@
+"""Where the weights of a sparse convolution find their inputs, for inputs of one size: what the compiled kernel needs.
+
+A plan depends on which weights live and on the sizes, not on the values, so it is made once: for inference, and in
+training between changes of the mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from squall.kernels import native
+
+WIDTH = 16
+"""Numbers in a register, or in several of a lesser instruction set; as in kernel.c."""
+_TILES = {"avx512": 14, "avx2": 6, "plain": 3}
+"""Most registers of a tile: what the instruction set has, less what the weights need."""
+_L1_BYTES = 36 << 10  # a little more than it holds: what is read again soonest is what stays
+_L2_BYTES = 256 << 10  # of sums: others need it, too
+_PENALTIES = {1: 1.7, 2: 1.7, 4: 1.6, 8: 1.3, 16: 1.0}
+"""By samples side by side: what loads cost that don't begin where a line of the cache does."""
+
+
+class Sizes(NamedTuple):
+    """The sizes of a convolution.
+
+    Args:
+        samples: N.
+        channels: Of the input, all groups.
+        height: Of the input.
+        width: Of the input.
+        weight: Shape of the weight, (outputs, inputs of a group, kernel height, kernel width).
+        stride: Vertical and horizontal.
+        padding: Likewise; may be negative, which crops.
+        dilation: Likewise.
+        groups: Groups of channels.
+        out_height: Of the output.
+        out_width: Of the output.
+
+    """
+
+    samples: int
+    channels: int
+    height: int
+    width: int
+    weight: tuple[int, int, int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    out_height: int
+    out_width: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a tensor of images lies in memory while it is worked on; see kernel.c.
+
+    Args:
+        lanes: Samples side by side.
+        phases: Vertical and horizontal phase of each.
+        first_y: First row of a phase; may lie above the image.
+        rows: Rows of a phase.
+        columns: Columns of a phase that are taken from the image.
+        pitch: Pixels from a row to the next.
+        guard: Numbers before the first pixel.
+        channel_size: Numbers of a channel.
+        tail: Numbers behind the last channel, which tiles may read.
+
+    """
+
+    lanes: int
+    phases: tuple[tuple[int, int], ...]
+    first_y: int
+    rows: int
+    columns: int
+    pitch: int
+    guard: int
+    channel_size: int
+    tail: int
+
+    @property
+    def phase_size(self) -> int:
+        """Numbers of a phase."""
+        return self.rows * self.pitch * self.lanes
+
+    @cached_property
+    def phase_table(self) -> Tensor:
+        """The phases, for the kernel."""
+        return torch.tensor(self.phases, dtype=torch.int64).view(-1, 2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the kernel is told.
+
+    Args:
+        sizes: Of the convolution.
+        packing: Of its input.
+        grad_packing: Of the output's gradient.
+        block_size: Input channels of a block.
+        num_blocks: Blocks of a group.
+        tile: Registers of a tile.
+        row_tiles: Tiles of a row of the output, or 0 if they run on from row to row.
+        order: Which of the positions each weight is, in the kernel's order; shape (live weights,).
+        offsets: Where in a block's input each reads, int32.
+        starts: Where the weights of each group, block and output begin; outputs with the most weights first.
+        which: Of the group's outputs each of these is, int32.
+
+    """
+
+    sizes: Sizes
+    packing: Packing
+    grad_packing: Packing
+    block_size: int
+    num_blocks: int
+    tile: int
+    row_tiles: int
+    order: Tensor
+    offsets: Tensor
+    starts: Tensor
+    which: Tensor
+
+
+def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
+    """Plan a convolution.
+
+    Args:
+        positions: Of the live weights in the flat weight, ascending, int64.
+        sizes: Of the convolution.
+
+    Returns:
+        The plan, for the instruction set in use.
+
+    """
+    num_outputs, num_inputs, kernel_height, kernel_width = sizes.weight
+    lanes = _lanes(sizes.samples)
+    rows = _shifts(kernel_height, sizes.dilation[0], sizes.padding[0], sizes.stride[0])
+    columns = _shifts(kernel_width, sizes.dilation[1], sizes.padding[1], sizes.stride[1])
+    packing = _pack(sizes, lanes, rows, columns)
+    outputs = num_outputs // sizes.groups
+    density = len(positions) / max(1, math.prod(sizes.weight))
+    tile, row_tiles, block_size = _tile(sizes, packing, rows, columns, density)
+    num_blocks = -(-num_inputs // block_size)
+
+    column = positions % kernel_width
+    row = positions // kernel_width % kernel_height
+    channel = positions // (kernel_width * kernel_height) % num_inputs
+    output = positions // (kernel_width * kernel_height * num_inputs)
+    block = output // outputs * num_blocks + channel // block_size
+    counts = torch.bincount(block * outputs + output % outputs, minlength=sizes.groups * num_blocks * outputs)
+    counts, which = counts.view(-1, outputs).sort(dim=1, descending=True, stable=True)
+    order = torch.argsort(block * outputs + which.argsort(1)[block, output % outputs], stable=True)
+    phases = {phase: index for index, phase in enumerate(packing.phases)}
+    taps = torch.tensor(
+        [
+            phases[y[0], x[0]] * packing.phase_size + ((y[1] - packing.first_y) * packing.pitch + x[1]) * packing.lanes
+            for y in rows
+            for x in columns
+        ],
+        dtype=torch.int64,
+    )
+    offsets = channel % block_size * packing.channel_size + taps[row * kernel_width + column]
+    return Plan(
+        sizes, packing, _pack_output(sizes, packing), block_size, num_blocks, tile, row_tiles, order,
+        offsets[order].to(torch.int32), torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0)),
+        which.flatten().to(torch.int32),
+    )  # fmt: skip
+
+
+def _lanes(samples: int) -> int:
+    """Choose how many samples lie side by side; the last block is filled up with nothing."""
+    return min(_PENALTIES, key=lambda lanes: (-(-samples // lanes) * lanes * _PENALTIES[lanes], lanes))
+
+
+def _shifts(kernel: int, dilation: int, padding: int, stride: int) -> list[tuple[int, int]]:
+    """Say for each place of a kernel which phase of the image it reads, and how far from the output's place."""
+    places = [place * dilation - padding for place in range(kernel)]
+    return [(place % stride, place // stride) for place in places]
+
+
+def _pack(sizes: Sizes, lanes: int, rows: list[tuple[int, int]], columns: list[tuple[int, int]]) -> Packing:
+    top, bottom = min(shift for _, shift in rows), max(shift for _, shift in rows)
+    left, right = min(shift for _, shift in columns), max(shift for _, shift in columns)
+    held = min(-(-sizes.width // sizes.stride[1]), max(0, sizes.out_width + right))
+    # What lies right of a row lies left of the next one.
+    pitch = max(held + max(0, -left), sizes.out_width + max(0, right), sizes.out_width)
+    guard = _up(max(0, -left) * lanes)
+    phases = tuple(dict.fromkeys((y, x) for y, _ in rows for x, _ in columns))
+    num_rows = sizes.out_height + bottom - top
+    size = _up(guard + len(phases) * num_rows * pitch * lanes)
+    tail = (max(_TILES.values()) + 1) * WIDTH + max(0, right) * lanes + guard
+    return Packing(lanes, phases, top, num_rows, held, pitch, guard, size, tail)
+
+
+def _pack_output(sizes: Sizes, packing: Packing) -> Packing:
+    size = _up(sizes.out_height * packing.pitch * packing.lanes)
+    tail = (max(_TILES.values()) + 1) * WIDTH
+    return Packing(
+        packing.lanes, ((0, 0),), 0, sizes.out_height, sizes.out_width, packing.pitch, 0, size, tail
+    )  # fmt: skip
+
+
+def _up(numbers: int) -> int:
+    return -(-numbers // WIDTH) * WIDTH
+
+
+def _tile(
+    sizes: Sizes, packing: Packing, rows: list[tuple[int, int]], columns: list[tuple[int, int]], density: float
+) -> tuple[int, int, int]:
+    """Choose registers of a tile, tiles of a row and channels of a block, by what the inner loops cost."""
+    lanes, pitch, num_inputs = packing.lanes, packing.pitch, sizes.weight[1]
+    outputs = sizes.weight[0] // sizes.groups
+    reach = (max(shift for _, shift in columns) - min(shift for _, shift in columns)) * lanes
+    span = (max(shift for _, shift in rows) - min(shift for _, shift in rows)) * pitch * lanes
+    num_pieces = len(set(rows)) * len({phase for phase, _ in columns})
+    numbers = ((sizes.out_height - 1) * pitch + sizes.out_width) * lanes
+    weights = density * len(rows) * len(columns)
+
+    def choices() -> Iterator[tuple[float, int, int, int]]:
+        for tile in range(1, _TILES.get(native.isa(), 1) + 1):
+            footprint = 4 * min(
+                num_pieces * (tile * WIDTH + reach), len(packing.phases) * (tile * WIDTH + reach + span)
+            )
+            block = min(num_inputs, max(1, _L1_BYTES // footprint))
+            row_tiles = -(-sizes.out_width * lanes // (tile * WIDTH))
+            far = 4 * outputs * tile * WIDTH > _L2_BYTES
+            per_block = block * weights * (tile + 2.0) + (3.2 if far else 2.0) * tile + 8
+            per_tile = -(-num_inputs // block) * per_block
+            yield -(-numbers // (tile * WIDTH)) * per_tile, tile, 0, block
+            # Rows apart leave their gaps out; the last tile of one may be a narrow one.
+            width = -(-sizes.out_width * lanes // WIDTH) / tile
+            yield sizes.out_height * (0.3 * row_tiles + 0.7 * width) * per_tile, tile, row_tiles, block
+
+    return min(choices())[1:]
