@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +44,8 @@ def sparse_conv2d(
         Shape (N, outputs, ...).
 
     Raises:
-        ValueError: A shape or data type is another, or the kernel is larger than the padded image.
+        ValueError: A shape or data type is another, positions don't ascend, or the kernel is larger than the padded
+            image.
 
     Example:
         >>> weight = torch.zeros(8, 4, 3, 3)
@@ -77,8 +77,6 @@ def sparse_conv2d(
             f"values must be {x.dtype} and on {x.device} like x, positions too, got {values.dtype} on {values.device}"
             f" and {positions.device}"
         )
-    if len(positions) > math.prod(shape):
-        raise ValueError(f"there are {len(positions)} positions, and only {math.prod(shape)} weights")
     if bias is not None and (bias.shape != (shape[0],) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be {shape[0]} numbers of {x.dtype}, got {bias.dtype} {tuple(bias.shape)}")
     if min(pairs["stride"]) < 1 or min(pairs["dilation"]) < 1 or min(pairs["padding"]) < 0:

@@ -18,6 +18,8 @@ _pack_kernel = native.function(
 _conv_kernel = native.function("squall_sparse_conv", *[_POINTER] * 8, *[_LONG] * 15, *[_INT] * 2)
 _grad_kernel = native.function("squall_sparse_conv_weight_grad", *[_POINTER] * 6, *[_LONG] * 15, _INT)
 
+_PART = 1 << 21  # numbers that are packed at a time
+
 
 def pack(x: Tensor, packing: Packing, stride: tuple[int, int], name: str = "packed") -> Tensor:
     """Lay images out for the kernel.
@@ -60,19 +62,27 @@ def convolve(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, relu: b
 
     """
     sizes, packing, num_threads = plan.sizes, plan.packing, torch.get_num_threads()
-    packed = pack(x, packing, sizes.stride)
     num_outputs, num_inputs = sizes.weight[:2]
     y = torch.empty(sizes.samples, num_outputs, sizes.out_height, sizes.out_width)
     num_scratch = num_outputs // sizes.groups * plan.tile * WIDTH
     scratch = native.workspace(num_threads * num_scratch, "sums")
-    _conv_kernel(
-        packed.data_ptr(), values.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(), plan.which.data_ptr(),
-        None if bias is None else bias.data_ptr(), y.data_ptr(), scratch.data_ptr(), num_scratch, sizes.samples,
-        packing.lanes, sizes.groups, num_inputs, num_outputs // sizes.groups, plan.num_blocks, plan.block_size,
-        sizes.out_height, sizes.out_width, packing.pitch, plan.tile, plan.row_tiles, packing.guard, packing.channel_size, relu,
-        num_threads,
-    )  # fmt: skip
+    for part, out in zip(_parts(x, packing), _parts(y, packing, like=x), strict=True):
+        packed = pack(part, packing, sizes.stride)
+        _conv_kernel(
+            packed.data_ptr(), values.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(),
+            plan.which.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+            num_scratch, len(part), packing.lanes, sizes.groups, num_inputs, num_outputs // sizes.groups,
+            plan.num_blocks, plan.block_size, sizes.out_height, sizes.out_width, packing.pitch, plan.tile,
+            plan.row_tiles, packing.guard, packing.channel_size, relu, num_threads,
+        )  # fmt: skip
     return y
+
+
+def _parts(x: Tensor, packing: Packing, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Cut a batch into parts of which what is packed stays in the cache until it is read."""
+    num_samples, num_channels = (x if like is None else like).shape[:2]
+    num_blocks = max(1, _PART // (num_channels * packing.channel_size))
+    return x.split(min(num_samples, num_blocks * packing.lanes))
 
 
 def weight_gradient(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
@@ -92,7 +102,8 @@ def weight_gradient(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
     result = torch.zeros(len(plan.order))
     outputs = sizes.weight[0] // sizes.groups
     _grad_kernel(
-        packed.data_ptr(), packed_grad.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(), plan.which.data_ptr(), result.data_ptr(),
+        packed.data_ptr(), packed_grad.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(),
+        plan.which.data_ptr(), result.data_ptr(),
         sizes.samples, plan.packing.lanes, sizes.groups, sizes.weight[1], outputs, plan.num_blocks, plan.block_size,
         sizes.out_height, sizes.out_width, plan.packing.pitch, plan.tile, plan.row_tiles, plan.packing.guard,
         plan.packing.channel_size, plan.grad_packing.channel_size, min(outputs, 4 * num_threads), num_threads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ class _Kept:
     """What has been worked out about one tensor of positions."""
 
     def __init__(self, positions: Tensor) -> None:
+        self.ends = (int(positions[0]), int(positions[-1])) if len(positions) else (0, -1)
+        self.ascends = bool((positions[1:] > positions[:-1]).all())
         self.version = positions._version
         self.plans: dict[Any, Plan] = {}
         self.ordered: tuple[Any, int, Plan, Tensor] | None = None
@@ -49,6 +52,22 @@ def _of(positions: Tensor) -> _Kept:
         kept = _kept[positions] = _Kept(positions)
     result: _Kept = kept
     return result
+
+
+def check_positions(positions: Tensor, num_weights: int) -> None:
+    """Refuse positions that don't ascend, or lie outside; kernels read memory by them.
+
+    Args:
+        positions: To look at; once for each tensor.
+        num_weights: They must be below this.
+
+    Raises:
+        ValueError: They aren't as they should be.
+
+    """
+    kept = _of(positions)
+    if not kept.ascends or kept.ends[0] < 0 or kept.ends[1] >= num_weights:
+        raise ValueError(f"positions must ascend from 0 or more to {num_weights - 1} or less, without repetition")
 
 
 def _plan(positions: Tensor, sizes: Sizes, key: Tensor | None = None) -> Plan:
@@ -111,6 +130,7 @@ def sparse_conv2d(
     relu: bool,
 ) -> Tensor:
     """Convolve; arguments as of :func:`squall.kernels.sparse_conv2d`."""
+    check_positions(positions, math.prod(weight_shape))
     sizes = sizes_of(tuple(x.shape), weight_shape, stride, padding, dilation, groups)
     if not _serves(sizes, x, values):
         return torch_path.convolve(x, values, positions, sizes, bias, relu).contiguous()

@@ -25,6 +25,8 @@ _L1_BYTES = 36 << 10  # a little more than it holds: what is read again soonest 
 _L2_BYTES = 256 << 10  # of sums: others need it, too
 _PENALTIES = {1: 1.7, 2: 1.7, 4: 1.6, 8: 1.3, 16: 1.0}
 """By samples side by side: what loads cost that don't begin where a line of the cache does."""
+_MOVES = {1: 0.2, 16: 0.8}
+"""Likewise: what it costs to bring a number there, in products of a register; 2.5 for the others."""
 
 
 class Sizes(NamedTuple):
@@ -140,7 +142,7 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
 
     """
     num_outputs, num_inputs, kernel_height, kernel_width = sizes.weight
-    lanes = _lanes(sizes.samples)
+    lanes = _lanes(sizes, len(positions))
     rows = _shifts(kernel_height, sizes.dilation[0], sizes.padding[0], sizes.stride[0])
     columns = _shifts(kernel_width, sizes.dilation[1], sizes.padding[1], sizes.stride[1])
     packing = _pack(sizes, lanes, rows, columns)
@@ -174,9 +176,19 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
     )  # fmt: skip
 
 
-def _lanes(samples: int) -> int:
-    """Choose how many samples lie side by side; the last block is filled up with nothing."""
-    return min(_PENALTIES, key=lambda lanes: (-(-samples // lanes) * lanes * _PENALTIES[lanes], lanes))
+def _lanes(sizes: Sizes, num_live: int) -> int:
+    """Choose how many samples lie side by side; the last block is filled up with nothing.
+
+    Side by side they are read in whole registers, but it costs to bring them there and back.
+    """
+    products = num_live * sizes.out_height * sizes.out_width / WIDTH
+    moved = sizes.channels * sizes.height * sizes.width + sizes.weight[0] * sizes.out_height * sizes.out_width
+
+    def cost(lanes: int) -> float:
+        whole = -(-sizes.samples // lanes) * lanes * products * _PENALTIES[lanes]
+        return whole + sizes.samples * moved * _MOVES.get(lanes, 2.5)
+
+    return min(_PENALTIES, key=cost)
 
 
 def _shifts(kernel: int, dilation: int, padding: int, stride: int) -> list[tuple[int, int]]:
