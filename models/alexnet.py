@@ -71,10 +71,10 @@ class AlexNet(nn.Module):
             side = pooled(side, 3, 2)
 
         self.conv1 = nn.Conv2d(in_channels, c1, kernel, stride, padding)
-        self.norm1 = LocalResponseNorm(groups=num_columns)
+        self.norm1 = LocalResponseNorm(groups=num_columns, relu=True)
         self.pool1 = nn.MaxPool2d(3, 2)
         self.conv2 = nn.Conv2d(c1, c2, 5, padding=2, groups=num_columns)
-        self.norm2 = LocalResponseNorm(groups=num_columns)
+        self.norm2 = LocalResponseNorm(groups=num_columns, relu=True)
         self.pool2 = nn.MaxPool2d(3, 2)
         self.conv3 = nn.Conv2d(c2, c3, 3, padding=1)
         self.conv4 = nn.Conv2d(c3, c4, 3, padding=1, groups=num_columns)
@@ -109,8 +109,8 @@ class AlexNet(nn.Module):
             Logits, shape (N, num_classes).
 
         """
-        x = self.pool1(self.norm1(F.relu(self.conv1(x))))
-        x = self.pool2(self.norm2(F.relu(self.conv2(x))))
+        x = self.pool1(self.norm1(self.conv1(x)))
+        x = self.pool2(self.norm2(self.conv2(x)))
         x = F.relu(self.conv3(x))
         x = F.relu(self.conv4(x))
         x = self.pool5(F.relu(self.conv5(x)))

@@ -17,6 +17,7 @@ class LocalResponseNorm(nn.Module):
         beta: Exponent.
         k: What is added to the mean square.
         groups: Groups of channels that are normalised apart: the columns.
+        relu: Normalise ``relu(x)``, in fewer passes over memory than a ReLU before this takes.
 
     Example:
         >>> import torch
@@ -25,18 +26,27 @@ class LocalResponseNorm(nn.Module):
 
     """
 
-    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0, groups: int = 1) -> None:
+    def __init__(
+        self,
+        size: int = 5,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 2.0,
+        groups: int = 1,
+        relu: bool = False,
+    ) -> None:
         super().__init__()
-        self.size, self.alpha, self.beta, self.k, self.groups = size, alpha, beta, k, groups
+        self.size, self.alpha, self.beta, self.k, self.groups, self.relu = size, alpha, beta, k, groups, relu
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``, shape (N, C, ...); the shape stays."""
-        result: Tensor = local_response_norm(x, self.size, self.alpha, self.beta, self.k, self.groups)
+        result: Tensor = local_response_norm(x, self.size, self.alpha, self.beta, self.k, self.groups, self.relu)
         return result
 
     def extra_repr(self) -> str:
         """Show the constants as `torch.nn.LocalResponseNorm` does, and the groups."""
-        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, groups={self.groups}"
+        relu = ", relu=True" if self.relu else ""
+        return f"{self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, groups={self.groups}{relu}"
 
 
 def scaled(channels: int, width: float, divisor: int = 1) -> int:

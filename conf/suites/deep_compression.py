@@ -124,7 +124,7 @@ def largest_rate(rows: Sequence[Mapping[str, Any]], net: str, points: float) -> 
         The rate; the dense net's, 1, if none does.
 
     """
-    return max((row["rate"] for row in rows if row["net"] == net and row["points lost"] <= points), default=1.0)
+    return max((row["rate"] for row in rows if row["net"] == net and row["points lost"] <= points + 1e-6), default=1.0)
 
 
 def _failures(rows: Sequence[Mapping[str, Any]], claims: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -7,9 +7,12 @@ into the folder.
 
 from . import native
 from .local_response_norm.function import local_response_norm as local_response_norm
+from .max_pool.function import max_pool2d as max_pool2d
 from .sparse_conv.function import sparse_conv2d as sparse_conv2d
+from .sparse_linear.function import sparse_linear as sparse_linear
+from .sparse_linear.function import sparse_linear_live as sparse_linear_live
 
-__all__ = ["available", "local_response_norm", "sparse_conv2d"]
+__all__ = ["available", "local_response_norm", "max_pool2d", "sparse_conv2d", "sparse_linear", "sparse_linear_live"]
 
 
 def available() -> dict[str, str]:
@@ -24,4 +27,4 @@ def available() -> dict[str, str]:
         True
 
     """
-    return dict.fromkeys(("local_response_norm", "sparse_conv2d"), native.isa())
+    return dict.fromkeys((name for name in __all__ if name != "available"), native.isa())

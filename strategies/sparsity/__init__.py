@@ -5,6 +5,7 @@ from .checkpoint_io import CompressedCheckpointIO
 from .coding import CompressedFileError, load_compressed, save_compressed
 from .deep_compression import DeepCompression
 from .functions import apportion, grows, prunes, redistributions
+from .inference import InferenceReport, LayerChoice, to_inference
 from .layers import Layer, densities, find_layers, largest, smallest
 from .magnitude import magnitude_mask
 from .registry import reads
@@ -19,7 +20,9 @@ __all__ = [
     "CompressionReport",
     "DeepCompression",
     "DynamicSparsity",
+    "InferenceReport",
     "Layer",
+    "LayerChoice",
     "MaskedTraining",
     "RigL",
     "SharedWeights",
@@ -41,4 +44,5 @@ __all__ = [
     "save_compressed",
     "share_weights",
     "smallest",
+    "to_inference",
 ]

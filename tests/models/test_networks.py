@@ -115,7 +115,7 @@ def test_alexnet_has_the_papers_layers():
     groups = {name: m.groups for name, m in net.named_modules() if isinstance(m, (nn.Conv2d, LocalResponseNorm))}
     assert groups == {"conv1": 1, "norm1": 2, "conv2": 2, "norm2": 2, "conv3": 1, "conv4": 2, "conv5": 2}
     assert [net.get_submodule(f"fc{i}").out_features for i in (6, 7, 8)] == [4096, 4096, 1000]
-    assert net.norm1.extra_repr() == "5, alpha=0.0001, beta=0.75, k=2.0, groups=2"
+    assert net.norm1.extra_repr() == "5, alpha=0.0001, beta=0.75, k=2.0, groups=2, relu=True"
     # Floats an image that cross between two columns, each way: before conv3, fc6, fc7 and fc8.
     assert sum(half // 2 for half in (256 * 13 * 13, 256 * 6 * 6, 4096, 4096)) == 30_336
 

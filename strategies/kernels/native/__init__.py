@@ -141,7 +141,8 @@ def workspace(num: int, name: str) -> torch.Tensor:
         return torch.empty(num)
     kept = getattr(_own, name, None)
     if kept is None or len(kept) < num:
-        kept = torch.empty(num)
+        with torch.inference_mode(False):  # it may be written to outside of it later
+            kept = torch.empty(num)
         setattr(_own, name, kept)
     result: torch.Tensor = kept[:num]
     return result
@@ -163,4 +164,10 @@ def function(name: str, *argument_types: Any) -> Any:
     found = getattr(_library, name)
     found.argtypes = argument_types
     found.restype = None
-    return found
+
+    def call(*arguments: Any) -> None:
+        # ctypes takes more arguments than it was told of, and guesses what they are.
+        assert len(arguments) == len(argument_types), name
+        found(*arguments)
+
+    return call

@@ -16,7 +16,7 @@ _pack_kernel = native.function(
     "squall_sparse_conv_pack", *[_POINTER] * 2, *[_LONG] * 7, _POINTER, *[_LONG] * 7, _INT
 )  # fmt: skip
 _conv_kernel = native.function("squall_sparse_conv", *[_POINTER] * 8, *[_LONG] * 15, *[_INT] * 2)
-_grad_kernel = native.function("squall_sparse_conv_weight_grad", *[_POINTER] * 6, *[_LONG] * 15, _INT)
+_grad_kernel = native.function("squall_sparse_conv_weight_grad", *[_POINTER] * 6, *[_LONG] * 16, _INT)
 
 _PART = 1 << 21  # numbers that are packed at a time
 

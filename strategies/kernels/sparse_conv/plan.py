@@ -130,6 +130,7 @@ class Plan:
     which: Tensor
 
 
+@torch.inference_mode(False)
 def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
     """Plan a convolution.
 

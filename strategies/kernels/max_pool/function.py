@@ -1,0 +1,109 @@
+"""The public function and its op: several times as fast as Torch's, which keeps where each maximum came from."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from squall.kernels import native
+
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+_kernel = native.function("squall_max_pool", *[_POINTER] * 3, *[_LONG] * 14, ctypes.c_int)
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Take maxima over windows, as :func:`torch.nn.functional.max_pool2d` does.
+
+    Its gradient is Torch's, and costs a pass of it: this is for inference.
+
+    Args:
+        x: Shape (N, C, H, W) or (C, H, W); the compiled kernel takes single precision on a CPU, channels first.
+        kernel_size: One number, or vertical and horizontal.
+        stride: Likewise; None for the kernel's size.
+        padding: Likewise, at most half the kernel.
+        dilation: Likewise.
+        ceil_mode: Whether windows may begin inside the image and end outside of it.
+
+    Returns:
+        The maxima.
+
+    Raises:
+        ValueError: There is no image in ``x``.
+        RuntimeError: What Torch says to arguments that don't fit.
+
+    Example:
+        >>> max_pool2d(torch.arange(9.0).view(1, 1, 3, 3), 2, 1)
+        tensor([[[[4., 5.],
+                  [7., 8.]]]])
+
+    """
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x must be images, (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
+    pairs = [_pair(value) for value in (kernel_size, kernel_size if stride is None else stride, padding, dilation)]
+    result: Tensor = _max_pool2d(x, *pairs, ceil_mode)
+    return result
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else [int(number) for number in value]
+
+
+@torch.library.custom_op("squall::max_pool2d", mutates_args=())
+def _max_pool2d(
+    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> Tensor:
+    if x.dtype != torch.float32 or not native.serves(x) or not x.is_contiguous() or not x.numel():
+        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode).clone()
+    y = torch.empty(_shape(x, kernel_size, stride, padding, dilation, ceil_mode))
+    height, width = x.shape[-2:]
+    num_scratch = padding[1] + max(width, (y.shape[-1] - 1) * stride[1] + dilation[1] * (kernel_size[1] - 1) + 1) + 16
+    num_threads = torch.get_num_threads()
+    scratch = native.workspace(num_threads * num_scratch, "row")
+    _kernel(
+        x.data_ptr(), y.data_ptr(), scratch.data_ptr(), num_scratch, x.shape[:-2].numel(), height, width,
+        *y.shape[-2:], *kernel_size, *stride, *padding, *dilation, num_threads,
+    )  # fmt: skip
+    return y
+
+
+def _shape(x: Tensor, *arguments: Any) -> torch.Size:
+    """Torch's own word on the output's shape, and on arguments that don't fit."""
+    *pairs, ceil_mode = arguments
+    result: Tensor = F.max_pool2d(torch.empty(x.shape, device="meta"), *pairs, ceil_mode)
+    return result.shape
+
+
+@_max_pool2d.register_fake
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    *pairs, ceil_mode = arguments
+    result: Tensor = F.max_pool2d(x, *pairs, ceil_mode)
+    return torch.empty_like(result)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.arguments = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
+    *pairs, ceil_mode = ctx.arguments
+    with torch.enable_grad():
+        again = x.detach().requires_grad_()
+        y = F.max_pool2d(again, *pairs, ceil_mode)
+    return torch.autograd.grad(y, again, grad)[0], *[None] * 5
+
+
+_max_pool2d.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,135 @@
+/* A sparse matrix times vectors: forward, gradient by the input, and gradient by the live weights.
+ *
+ * The matrix lies in tiles of TILE_COLUMNS columns by row_block rows. In each tile the rows are sorted by how many
+ * weights they have there, and cut into slices of SLICE rows of (nearly) equal length. A slice is a list of steps, and
+ * a step one weight of each of its rows: SLICE columns of a byte, and SLICE codes of a byte or values. What fills up
+ * shorter rows has column TILE_COLUMNS, where x is zero. A tile's part of x is small enough for registers at batch 1,
+ * and for the nearest cache, times the batch, else.
+ *
+ * Columns of a step are stored with their groups of four transposed as a 4 x 4 matrix (COLUMN_OF_GROUP): it undoes what
+ * unpacking four planes of bytes does to their order.
+ */
+#include <string.h>
+
+#include "../native/native.h"
+
+enum { TILE = 128, TILE_COLUMNS = 127, SLICE = 64 };
+enum { LIVE_SPREAD = 128, LIVE_ROWS = 64, LIVE_COLUMNS = 192 };
+
+/* Where the columns of slots `slot` to `slot + 3` are in a step; slot is a multiple of 4. */
+#define COLUMN_OF_GROUP(slot) (4 * ((slot) / 4 % 4 * 4 + (slot) / 16))
+
+struct linear {
+    const uint8_t *columns, *codes;
+    const void *values;    /* of slots; or of codes, if there are codes */
+    const int16_t *rows;   /* of a slice's lanes, from the block's first; row_block where there is none */
+    const int64_t *starts; /* first step of each slice, and the end */
+    const int64_t *tiles;  /* first slice of each tile, and the end; blocks of rows are the slow index */
+    const void *x, *bias;
+    void *y, *shared, *own; /* own: num_own numbers for each thread */
+    int64_t num_codes, num_rows, num_columns, row_block, num_tiles, batch, num_own;
+    int relu;
+};
+
+struct live {
+    const void *x, *grad;
+    const int64_t *row_starts; /* where each row's weights start, and the end */
+    const int32_t *columns;
+    void *y, *shared;
+    int64_t num_rows, num_columns, batch;
+};
+
+SQUALL_INLINE int64_t at_most(int64_t value, int64_t most)
+{
+    return value < most ? value : most;
+}
+
+#define REAL float
+#define TYPED(name) SQUALL_JOIN(name, float)
+typedef float TYPED(vector) __attribute__((vector_size(64)));
+#define TEMPLATE "../sparse_linear/template.h"
+#include "../native/each_isa.h"
+#undef REAL
+#undef TYPED
+
+#define REAL double
+#define TYPED(name) SQUALL_JOIN(name, double)
+typedef double TYPED(vector) __attribute__((vector_size(64)));
+#include "../native/each_isa.h"
+#undef REAL
+#undef TYPED
+
+#include "vector.h"
+
+/* Largest number of lanes that are worked on at once. */
+static int64_t num_lanes(int is_double)
+{
+    return is_double ? 16 : 32;
+}
+
+/* y = x @ weight.T + bias; `shared` has x, transposed, in tiles. One sample at a time if `one` is not 0. */
+SQUALL_EXPORT void squall_sparse_linear(const void *columns, const void *codes, const void *values, const void *rows,
+                                        const void *starts, const void *tiles, const void *x, const void *bias, void *y,
+                                        void *shared, void *own, int64_t num_own, int64_t num_codes, int64_t num_rows,
+                                        int64_t num_columns, int64_t row_block, int64_t batch, int relu, int one,
+                                        int is_double, int num_threads)
+{
+    struct linear w = {.columns = columns, .codes = codes, .values = values, .rows = rows, .starts = starts,
+                       .tiles = tiles, .x = x, .bias = bias, .y = y, .shared = shared, .own = own, .num_own = num_own,
+                       .num_codes = num_codes, .num_rows = num_rows, .num_columns = num_columns,
+                       .row_block = row_block, .batch = batch, .relu = relu,
+                       .num_tiles = (num_columns + TILE_COLUMNS - 1) / TILE_COLUMNS};
+    int64_t num_blocks = (num_rows + row_block - 1) / row_block;
+    if (one) {
+        squall_task task = is_double ? SQUALL_PICK(one_double) : SQUALL_PICK(one_float);
+#if SQUALL_HAS_X86
+        if (!is_double && squall_isa == 2 && __builtin_cpu_supports("avx512vbmi"))
+            task = one_float_vbmi;
+#endif
+        if (is_double)
+            pad_double(&w);
+        else
+            pad_float(&w);
+        squall_parallel(task, &w, num_blocks * batch, num_threads);
+        return;
+    }
+    int64_t chunks = (batch + num_lanes(is_double) - 1) / num_lanes(is_double);
+    squall_parallel(is_double ? SQUALL_PICK(spread_double) : SQUALL_PICK(spread_float), &w, chunks * w.num_tiles,
+                    num_threads);
+    squall_parallel(is_double ? SQUALL_PICK(many_double) : SQUALL_PICK(many_float), &w, chunks * num_blocks,
+                    num_threads);
+}
+
+/* y = x @ weight, where x is the gradient by the output and y that by the input. */
+SQUALL_EXPORT void squall_sparse_linear_input_grad(const void *columns, const void *codes, const void *values,
+                                                   const void *rows, const void *starts, const void *tiles,
+                                                   const void *x, void *y, void *shared, void *own, int64_t num_own,
+                                                   int64_t num_rows, int64_t num_columns, int64_t row_block,
+                                                   int64_t batch, int is_double, int num_threads)
+{
+    struct linear w = {.columns = columns, .codes = codes, .values = values, .rows = rows, .starts = starts,
+                       .tiles = tiles, .x = x, .y = y, .shared = shared, .own = own, .num_own = num_own,
+                       .num_rows = num_rows, .num_columns = num_columns, .row_block = row_block, .batch = batch,
+                       .num_tiles = (num_columns + TILE_COLUMNS - 1) / TILE_COLUMNS};
+    int64_t num_blocks = (num_rows + row_block - 1) / row_block;
+    int64_t chunks = (batch + num_lanes(is_double) - 1) / num_lanes(is_double);
+    squall_parallel(is_double ? SQUALL_PICK(spread_rows_double) : SQUALL_PICK(spread_rows_float), &w,
+                    chunks * num_blocks, num_threads);
+    squall_parallel(is_double ? SQUALL_PICK(back_double) : SQUALL_PICK(back_float), &w, chunks * w.num_tiles,
+                    num_threads);
+}
+
+/* y[i] = sum over the batch of grad[row i] * x[column i]; `shared` has x and grad, transposed. */
+SQUALL_EXPORT void squall_sparse_weight_grad(const void *x, const void *grad, const void *row_starts,
+                                             const void *columns, void *y, void *shared, int64_t num_rows,
+                                             int64_t num_columns, int64_t batch, int is_double, int num_threads)
+{
+    struct live live = {.x = x, .grad = grad, .row_starts = row_starts, .columns = columns, .y = y, .shared = shared,
+                        .num_rows = num_rows, .num_columns = num_columns, .batch = batch};
+    int64_t blocks = (num_rows + num_columns + LIVE_SPREAD - 1) / LIVE_SPREAD;
+    int64_t chunks = (batch + num_lanes(is_double) - 1) / num_lanes(is_double);
+    squall_parallel(is_double ? SQUALL_PICK(live_spread_double) : SQUALL_PICK(live_spread_float), &live,
+                    chunks * blocks, num_threads);
+    squall_parallel(is_double ? SQUALL_PICK(live_double) : SQUALL_PICK(live_float), &live,
+                    (num_rows + LIVE_ROWS - 1) / LIVE_ROWS, num_threads);
+}
