@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.optim import Optimizer, lr_scheduler
 
 from squall.sparsity import CompressedCheckpointIO, CompressedFileError, load_compressed, save_compressed
 from squall.sparsity.coding.trees import TREE, from_tensors, to_tensors
@@ -107,6 +109,35 @@ def test_what_torch_saves_comes_back_so_too(tmp_path: Path) -> None:
     loaded = CompressedCheckpointIO().load_checkpoint(tmp_path / "x")
     assert same(loaded["optimizer_states"], tree["optimizer_states"])
     assert loaded["again"].data_ptr() == loaded["state_dict"]["weight"].data_ptr(), "what is one stays one"
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o)], o),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 5),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4, 4]),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.MultiStepLR(o, [3])], [2]
+    ),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+}
+
+
+@pytest.mark.parametrize("name", sorted({*lr_scheduler.__all__} - {"LRScheduler"}))
+def test_every_schedule_of_torch_is_written(tmp_path: Path, name: str) -> None:
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9)
+    schedule = SCHEDULERS.get(name, getattr(lr_scheduler, name))(optimizer)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step(*[0.5] * (name == "ReduceLROnPlateau"))
+    tree = {"lr_schedulers": [schedule.state_dict()]}
+    CompressedCheckpointIO().save_checkpoint(tree, tmp_path / "x")
+    assert same(CompressedCheckpointIO().load_checkpoint(tmp_path / "x"), tree)
 
 
 class Odd(int):

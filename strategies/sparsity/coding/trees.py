@@ -7,7 +7,7 @@ The text is JSON. What JSON has no word for is a list of a word of ours and what
 from __future__ import annotations
 
 import json
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,7 +85,7 @@ def _pack(node: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return ["Size", *node]
     if kind is defaultdict:  # its factory is a function, and says nothing about what there is
         kind = dict
-    if kind in (dict, OrderedDict):
+    if kind in (dict, OrderedDict, Counter):
         pairs = [[_pack_key(key, where), _pack(child, f"{where}/{key}", tensors)] for key, child in node.items()]
         return [kind.__name__, *pairs]
     if kind is bytes:
@@ -156,6 +156,7 @@ _WORDS: dict[str, Callable[[list[Any], Mapping[str, Tensor]], Any]] = {
     "tuple": lambda rest, tensors: tuple(_children(rest, tensors)),
     "dict": lambda rest, tensors: dict(_pairs(rest, tensors)),
     "OrderedDict": lambda rest, tensors: OrderedDict(_pairs(rest, tensors)),
+    "Counter": lambda rest, tensors: Counter(dict(_pairs(rest, tensors))),
     "Size": lambda rest, tensors: torch.Size(rest),
     "bytes": _bytes,
     "complex": lambda rest, tensors: complex(*map(float, rest)),
