@@ -11,10 +11,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import __version__
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from .coding import Coder, CompressedFileError, load_compressed, save_compressed
-from .coding.trees import TREE, from_tensors, to_tensors
+from .coding import Coder, file
+from .coding.state import read_any
+from .coding.trees import to_tensors
 
 _ZIP = b"PK\x03\x04"  # how a file begins that torch has saved
 
@@ -61,7 +63,7 @@ class CompressedCheckpointIO(TorchCheckpointIO):
             raise TypeError("CompressedCheckpointIO has no storage_options: leave them out.")
         _check_local(path)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        save_compressed(to_tensors(checkpoint), path, coder=self.coder)
+        file.write(to_tensors(checkpoint), Path(path), self.coder)
 
     def load_checkpoint(
         self,
@@ -84,22 +86,16 @@ class CompressedCheckpointIO(TorchCheckpointIO):
         _check_local(path)
         if not Path(path).is_file():
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
-        with open(path, "rb") as file:
-            if file.read(len(_ZIP)) == _ZIP:
+        with open(path, "rb") as opened:
+            if opened.read(len(_ZIP)) == _ZIP:
                 location: Any = map_location if map_location is not None else "cpu"
                 return super().load_checkpoint(path, location, True if weights_only is None else weights_only)
-        tensors = load_compressed(path)
-        if map_location is not None:
-            tensors = {name: _moved(tensor, map_location) for name, tensor in tensors.items()}
-        if TREE not in tensors:
-            return {"state_dict": tensors, "pytorch-lightning_version": __version__}
-        try:
-            checkpoint = from_tensors(tensors)
-        except CompressedFileError as error:
-            raise CompressedFileError(f"{path}: {error}.") from None
-        if not isinstance(checkpoint, dict):
-            raise CompressedFileError(f"{path}: it is no checkpoint of a Trainer.")
-        return checkpoint
+        whole, content = read_any(path)
+        checkpoint = content if whole else {"state_dict": content, "pytorch-lightning_version": __version__}
+        if map_location is None:
+            return checkpoint
+        moved: dict[str, Any] = apply_to_collection(checkpoint, Tensor, _moved, map_location)
+        return moved
 
 
 def _check_local(path: _PATH) -> None:

@@ -41,6 +41,8 @@ def make(kind: str, dtype: torch.dtype, shape: tuple[int, ...], density: float, 
     here = torch.rand(num_elements, generator=generator) < density
     if dtype.itemsize == 1:
         return torch.where(here, values.view(torch.uint8), 0).view(dtype).reshape(shape)
+    if dtype.itemsize == 16:
+        return torch.where(here[:, None], values.view(torch.int64).view(-1, 2), 0).view(dtype).reshape(shape)
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     return torch.where(here, values.view(ints), 0).view(dtype).reshape(shape)
 

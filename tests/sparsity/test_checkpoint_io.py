@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
 from squall.sparsity import CompressedCheckpointIO, CompressedFileError, load_compressed, save_compressed
+from squall.sparsity.coding import file
 from squall.sparsity.coding.trees import TREE, from_tensors, to_tensors
 
 
@@ -164,6 +165,21 @@ def test_tensors_that_cannot_be_stored_are_named(tmp_path: Path) -> None:
         CompressedCheckpointIO().save_checkpoint({"a": {torch.ones(1): 1}}, tmp_path / "x")
 
 
+def test_names_that_are_no_utf_8_are_written(tmp_path: Path) -> None:
+    tree = {"a\ud800": torch.ones(1), "a?": torch.zeros(1), "\udfff": "x"}
+    CompressedCheckpointIO().save_checkpoint(tree, tmp_path / "x")
+    assert same(CompressedCheckpointIO().load_checkpoint(tmp_path / "x"), tree)
+
+
+def test_of_a_whole_checkpoint_the_state_dict_is_loaded(tmp_path: Path) -> None:
+    state_dict = {"net.w": torch.ones(2), "net._extra_state": {"a": 1}}
+    CompressedCheckpointIO().save_checkpoint({"state_dict": state_dict, "epoch": 1}, tmp_path / "x")
+    assert same(load_compressed(tmp_path / "x"), state_dict)
+    CompressedCheckpointIO().save_checkpoint({"epoch": 1}, tmp_path / "x")
+    with pytest.raises(CompressedFileError, match=r"x: it is a whole checkpoint without a state_dict: Compressed"):
+        load_compressed(tmp_path / "x")
+
+
 # ------------------------------------------------------------------ other files
 
 
@@ -195,6 +211,8 @@ def test_paths_and_options(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="files of this host"):
         io.save_checkpoint({}, "s3://bucket/x")
     io.save_checkpoint({"w": torch.ones(2)}, tmp_path / "x")
+    save_compressed({"w": torch.ones(2), "m._extra_state": {"a": 1}}, tmp_path / "y")
+    assert same(io.load_checkpoint(tmp_path / "y", "cpu")["state_dict"], load_compressed(tmp_path / "y"))
     for location in ("cpu", torch.device("cpu"), {"cpu": "cpu"}, lambda storage, where: storage):
         assert io.load_checkpoint(tmp_path / "x", map_location=location)["w"].device.type == "cpu"
 
@@ -205,7 +223,7 @@ def test_paths_and_options(tmp_path: Path) -> None:
 def written(path: Path, tree: Any) -> Path:
     """A file with a true checksum, whose tree is what it is told."""
     text = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
-    save_compressed({"w": torch.ones(2), TREE: torch.from_numpy(np.frombuffer(bytearray(text), np.uint8))}, path)
+    file.write({"w": torch.ones(2), TREE: torch.from_numpy(np.frombuffer(bytearray(text), np.uint8))}, path)
     return path
 
 

@@ -38,17 +38,55 @@ def number(value: int) -> bytes:
     return bytes(out)
 
 
+MAX_SYMBOLS_PER_BYTE = 16
+"""All streams of a file together have this many symbols a byte at most, or a small bad file could keep a reader busy
+for long. A writer sees to it."""
+FREE_SYMBOLS = 1 << 20
+"""So many symbols a file may have however small it is."""
+
+
+class Budget:
+    """How many symbols may still be decoded.
+
+    Args:
+        num_bytes: Of the file, which all its streams have one budget for.
+
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._num_left = FREE_SYMBOLS + MAX_SYMBOLS_PER_BYTE * num_bytes
+
+    def spend(self, num_symbols: int) -> None:
+        """Take symbols off, before anything of their number is allocated.
+
+        Args:
+            num_symbols: How many are announced.
+
+        Raises:
+            CompressedFileError: If so many can't be.
+
+        """
+        if num_symbols > self._num_left:
+            raise CompressedFileError(
+                f"{num_symbols:,} symbols are announced, and {self._num_bytes:,} bytes may have {self._num_left:,} more"
+            )
+        self._num_left -= num_symbols
+
+
 class Reader:
     """What is left to read of some bytes.
 
     Args:
         data: The bytes.
+        budget: The file's; None: one for these bytes alone.
 
     """
 
-    def __init__(self, data: Bytes) -> None:
+    def __init__(self, data: Bytes, budget: Budget | None = None) -> None:
         self._data = data
         self._at = 0
+        self.budget = Budget(len(data)) if budget is None else budget
 
     @property
     def num_left(self) -> int:

@@ -1,4 +1,4 @@
-"""One safetensors file for a state_dict: any tensor, bit for bit, in as few bytes as it takes.
+"""One safetensors file for tensors: any of them, bit for bit, in as few bytes as it takes.
 
 A tensor that coding doesn't make smaller is an entry as any safetensors file has it. Every other one is an entry of
 bytes (``U8``), of which :mod:`.tensors` says what they are. The file's only metadata, under ``squall``, is
@@ -25,11 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from squall.sparsity.arguments import is_whole
 from squall.sparsity.report import CompressionReport
 
 from . import positions, streams, tensors
 from .errors import CompressedFileError
-from .fields import Bytes, Reader
+from .fields import FREE_SYMBOLS, MAX_SYMBOLS_PER_BYTE, Budget, Bytes, Reader
 
 VERSION = 1
 MAX_EXPANSION = 1024
@@ -39,86 +40,90 @@ FREE_BYTES = 16 << 20
 
 _METADATA = "squall"
 _PADDING = "squall.padding"
+RESERVED = (_PADDING, "__metadata__")
+"""Names that no tensor can have."""
 _PLAIN, _CODED = 0, 1
 _CHECKSUM_BYTES = 16
 _UNKNOWN = "0" * 2 * _CHECKSUM_BYTES
 _CHECKSUM = re.compile(rb"checksum=([0-9a-f]{%d})" % (2 * _CHECKSUM_BYTES))
+_BEGINNING = re.compile(rb'.{8}\{"__metadata__":\{"squall":"version=', re.DOTALL)
+_NUM_BEGINNING = 8 + len('{"__metadata__":{"squall":"version=')
 _HEADER = re.compile(r"version=(\d{1,9}) (?:checksum=[0-9a-f]+ tensors=(.*))?", re.DOTALL)
 
 
-def save_compressed(
-    state_dict: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    *,
-    coder: streams.Coder = "ans",
-    gap_bits: int | None = None,
+def write(
+    entries: Mapping[str, Tensor], path: Path, coder: streams.Coder = "ans", gap_bits: int | None = None
 ) -> CompressionReport:
-    """Write a state_dict as one compressed file. Nothing is lost, whatever is in it.
-
-    Pruned and shared weights become small: a tensor with few values gets a codebook and codes, one with many zeros the
-    positions of the others, each as entropy coding makes them smallest; all else is stored as it is. A negative zero is
-    no zero: prune with ``masked_fill`` or ``where`` rather than by multiplication.
+    """Write tensors as one compressed file.
 
     Args:
-        state_dict: Tensors by name. Those that are one and the same are stored once, and are one again when loaded.
+        entries: Tensors by name, as :func:`check` wants them.
         path: Where to write. A file that is there is replaced when the new one is whole.
-        coder: "ans" (asymmetric numeral systems, the smaller) or "huffman" (as in Deep Compression).
-        gap_bits: Bits of a distance between weights before it is coded, from 1 to 12, as in the paper's 4 or 5. None:
-            for each tensor those that take the fewest bytes.
+        coder: "ans" or "huffman".
+        gap_bits: Bits of a distance between weights before it is coded; None: those that take the fewest bytes.
 
     Returns:
         What each tensor came to.
 
     Raises:
-        ValueError: If `coder` or `gap_bits` is none of those, or an entry is no tensor that can be stored.
-
-    Example:
-        >>> import tempfile, torch
-        >>> state_dict = {"weight": torch.zeros(300, 784), "bias": torch.rand(300)}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     report = save_compressed(state_dict, f"{folder}/x.safetensors")
-        ...     loaded = load_compressed(f"{folder}/x.safetensors")
-        >>> all(torch.equal(loaded[name], state_dict[name]) for name in state_dict), report.rate > 500
-        (True, True)
+        ValueError: If `coder` or `gap_bits` is out of range, or an entry can't be stored.
 
     """
     if coder not in streams.CODERS:
         raise ValueError(f"coder={coder!r} must be one of {', '.join(streams.CODERS)}.")
-    if gap_bits is not None and not 1 <= gap_bits <= positions.MAX_GAP_BITS:
-        raise ValueError(f"gap_bits={gap_bits} must be from 1 to {positions.MAX_GAP_BITS}, or None.")
-    entries: dict[str, Tensor] = {}
+    if gap_bits is not None and not (is_whole(gap_bits) and 1 <= gap_bits <= positions.MAX_GAP_BITS):
+        raise ValueError(f"gap_bits={gap_bits} must be a whole number from 1 to {positions.MAX_GAP_BITS}, or None.")
+    check(entries)
+    stored: dict[str, Tensor] = {}
     kinds: dict[str, int | str] = {}
     names: dict[tuple[Any, ...], str] = {}
-    statistics = []
-    for name, tensor in state_dict.items():
-        _check(name, tensor)
+    statistics, num_symbols = [], 0
+    for name, tensor in entries.items():
         same = names.setdefault(tensors.memory_of(tensor) or (name,), name)
         if same != name:
             kinds[name] = same
             continue
-        payload, figures = tensors.encode(name, tensor, coder, gap_bits)
+        payload, figures, num_more = tensors.encode(name, tensor, coder, gap_bits)
         statistics.append(figures)
+        num_symbols += num_more
         kinds[name] = _PLAIN if payload is None else _CODED
-        entries[name] = (
+        stored[name] = (
             tensor.detach().cpu().contiguous().clone()
             if payload is None
             else torch.from_numpy(np.frombuffer(bytearray(payload), np.uint8))
         )
     num_dense_bytes = sum(figures.num_dense_bytes for figures in statistics)
-    num_missing = num_dense_bytes // MAX_EXPANSION - sum(entry.nbytes for entry in entries.values())
-    if num_dense_bytes > FREE_BYTES and num_missing > 0:
-        entries[_PADDING] = torch.zeros(num_missing + 1, dtype=torch.uint8)
-    return CompressionReport(statistics, _write(Path(path), entries, kinds))
+    least = num_dense_bytes // MAX_EXPANSION if num_dense_bytes > FREE_BYTES else 0
+    least = max(least, (num_symbols - FREE_SYMBOLS) // MAX_SYMBOLS_PER_BYTE)
+    num_missing = least - sum(entry.nbytes for entry in stored.values())
+    if num_missing > 0:
+        stored[_PADDING] = torch.zeros(num_missing + 1, dtype=torch.uint8)
+    return CompressionReport(statistics, _write(path, stored, kinds))
 
 
-def _check(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"state_dict[{name!r}] is a {type(tensor).__name__}: only tensors can be stored.")
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in tensors.DTYPES:
-        kind = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
-        raise ValueError(f"state_dict[{name!r}] is a {kind} tensor, which safetensors can't store.")
-    if name == _PADDING:
-        raise ValueError(f"A tensor can't be called {_PADDING!r}: rename it.")
+def check(entries: Mapping[str, Any]) -> None:
+    """Make sure that all entries can be stored, and read again.
+
+    Args:
+        entries: Tensors by name.
+
+    Raises:
+        ValueError: One can't; the message names it.
+
+    """
+    for name, tensor in entries.items():
+        where = f"state_dict[{name!r}]"
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: a name must be a string, and this is a {type(name).__name__}: rename it.")
+        if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"{where}: half of a surrogate pair can't be written as UTF-8: rename it.")
+        if name in RESERVED:
+            raise ValueError(f"{where}: a tensor can't be called {name!r}, which files keep for themselves: rename it.")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in tensors.DTYPES:
+            kind = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
+            raise ValueError(f"{where} is a {kind} tensor, which can't be stored.")
+        if tensor.dim() > tensors.MAX_DIMS:
+            raise ValueError(f"{where} has {tensor.dim()} dimensions, and {tensors.MAX_DIMS} can be stored.")
 
 
 def _write(path: Path, entries: dict[str, Tensor], kinds: Mapping[str, int | str]) -> int:
@@ -164,28 +169,35 @@ def _checksum(data: Bytes, place: int) -> str:
     return digest.hexdigest()
 
 
-def load_compressed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read what :func:`save_compressed` has written.
-
-    Nothing in the file is believed: a damaged or hostile one is an error, after no more time and memory than its size
-    justifies.
+def read(path: Path) -> dict[str, Tensor]:
+    """Read what :func:`write` has written.
 
     Args:
         path: The file.
 
     Returns:
-        The state_dict: the same keys in the same order, shapes, data types and bits, on the CPU.
+        The tensors.
 
     Raises:
         CompressedFileError: If the file is damaged, of another version, or no such file.
         OSError: If it can't be read.
 
     """
-    path = Path(path)
     try:
         return _load(path)
     except CompressedFileError as error:
         raise CompressedFileError(f"{path}: {error}.") from None
+
+
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file begins as those of :func:`write` do, whatever its name is.
+
+    Args:
+        path: Any file.
+
+    """
+    with open(path, "rb") as file:
+        return _BEGINNING.fullmatch(file.read(_NUM_BEGINNING)) is not None
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -244,10 +256,11 @@ def _read(file: Any, kinds: Mapping[str, Any], num_file_bytes: int) -> dict[str,
             if num_claimed > most:
                 raise CompressedFileError(f"{num_file_bytes:,} bytes can't hold the {num_claimed:,} that are claimed")
     result: dict[str, Tensor] = {}
+    budget = Budget(num_file_bytes)
     for name, kind in kinds.items():
         with _Named(name):
             if kind == _CODED:
-                result[name] = tensors.decode(payloads[name])
+                result[name] = tensors.decode(payloads[name], budget)
             elif kind == _PLAIN:
                 result[name] = _plain(name, file)
     return {name: result[kind if isinstance(kind, str) else name] for name, kind in kinds.items()}

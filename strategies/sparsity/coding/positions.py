@@ -7,7 +7,8 @@ have no memory, an entropy coder makes fillers free. With one bit this is a bitm
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ from .fields import Reader, number
 MAX_GAP_BITS = 12
 GAP_BITS = range(1, MAX_GAP_BITS + 1)
 
-Positions = npt.NDArray[np.int64]
+Positions = npt.NDArray[Any]
+"""In ascending order; int32 where all of a tensor's fit, which halves the memory that a reader takes."""
 
 
 class PositionPlan(NamedTuple):
@@ -107,8 +109,8 @@ def encode(positions: Positions, how: PositionPlan) -> bytes:
     return number(how.gap_bits) + number(how.num_fillers) + how.stream.encode(symbols)
 
 
-def decode(reader: Reader, num_positions: int, num_elements: int) -> Positions:
-    """Decode positions.
+def decode(reader: Reader, num_positions: int, num_elements: int) -> Callable[[], Positions]:
+    """Decode distances, and make sure of them.
 
     Args:
         reader: Stands where :func:`encode`'s bytes begin.
@@ -116,7 +118,7 @@ def decode(reader: Reader, num_positions: int, num_elements: int) -> Positions:
         num_elements: All of them have to be below this.
 
     Returns:
-        The positions, in ascending order.
+        What makes the positions of them, once; so that memory is taken when all else has been read, too.
 
     Raises:
         CompressedFileError: If the bytes are none that :func:`encode` writes.
@@ -128,13 +130,18 @@ def decode(reader: Reader, num_positions: int, num_elements: int) -> Positions:
         raise CompressedFileError("its gaps have no bits")
     num_fillers = reader.number(num_elements // longest)
     symbols = streams.decode(reader, num_positions + num_fillers, longest + 1)
-    is_weight = symbols > 0
-    if int(np.count_nonzero(is_weight)) != num_positions:
+    if int(np.count_nonzero(symbols)) != num_positions:
         raise CompressedFileError(f"its gaps don't lead to {num_positions:,} weights")
-    if num_fillers:
-        symbols[~is_weight] = longest
-    positions = np.cumsum(symbols, dtype=np.int64)
-    if len(positions) and positions[-1] > num_elements:
+    if int(symbols.sum(dtype=np.int64)) + num_fillers * longest > num_elements:
         raise CompressedFileError(f"its gaps run past the end, {num_elements:,} weights")
-    positions -= 1
-    return positions[is_weight] if num_fillers else positions
+
+    def positions() -> Positions:
+        is_weight = symbols > 0 if num_fillers else None
+        if is_weight is not None:
+            symbols[~is_weight] = longest
+        wide = symbols if num_elements < 1 << 31 else symbols.astype(np.int64)
+        found = np.cumsum(wide, out=wide)
+        found -= 1
+        return found if is_weight is None else found[is_weight]
+
+    return positions

@@ -15,10 +15,10 @@ from .fields import Reader, number
 Coder = Literal["ans", "huffman"]
 CODERS: tuple[Coder, ...] = get_args(Coder)
 
-MAX_SYMBOLS_PER_BYTE = 64
-"""A stream has this many symbols a byte at most, or a bad file of no size could keep a reader busy for hours."""
+_SYMBOLS_PER_BYTE = 64
+"""A stream has this many symbols a byte at most. What all streams of a file may have is less: see `fields.Budget`."""
 _FREE_SYMBOLS = 4096
-"""So many symbols may take no bytes at all."""
+"""So many symbols may take no bytes at all, as those of a stream of one symbol do."""
 TOLERANCE = 1.002
 """What takes so many times the bytes is worth it if it is decoded sooner."""
 _CONSTANT, _ANS, _HUFFMAN = range(3)
@@ -102,7 +102,7 @@ def _impossible(symbols: Symbols) -> bytes:
 
 
 def _most_symbols(num_bytes: int) -> int:
-    return _FREE_SYMBOLS + MAX_SYMBOLS_PER_BYTE * num_bytes
+    return _FREE_SYMBOLS + _SYMBOLS_PER_BYTE * num_bytes
 
 
 def decode(reader: Reader, num_symbols: int, num_kinds: int) -> Symbols:
@@ -123,8 +123,9 @@ def decode(reader: Reader, num_symbols: int, num_kinds: int) -> Symbols:
     if not num_symbols:
         return np.empty(0, np.int32)
     kind = reader.number(_HUFFMAN)
-    if num_symbols > _most_symbols(reader.num_left):
+    if num_symbols > _most_symbols(0 if kind == _CONSTANT else reader.num_left):
         raise CompressedFileError(f"{num_symbols:,} symbols are announced in {reader.num_left:,} bytes")
+    reader.budget.spend(num_symbols)
     if kind == _CONSTANT:
         return np.full(num_symbols, reader.number(num_kinds - 1), np.int32)
     if kind == _HUFFMAN:

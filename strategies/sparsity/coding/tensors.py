@@ -9,6 +9,7 @@ along columns: pruned nets have dead inputs and dead outputs, and it depends whi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from squall.sparsity.report import TensorStatistics
 
 from . import positions, streams
 from .errors import CompressedFileError
-from .fields import Bytes, Reader, number
+from .fields import Budget, Bytes, Reader, number
 from .figures import statistics_of
 from .ways import COLUMNS, MAX_VALUES, SHARED, SPARSE, Words, count_values, to_rows, ways_of
 
@@ -28,10 +29,14 @@ DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn,
     torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+    torch.complex128, torch.complex32, torch.float8_e8m0fnu,
 )  # fmt: skip
+_FOREIGN = frozenset((torch.complex128, torch.complex32, torch.float8_e8m0fnu))
+"""Those that the safetensors library doesn't write: they are bytes of ours even where coding makes them no smaller."""
 
 MAX_DIMS = 64
-_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MAX_WORD = 8
+_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 class TensorInfo(NamedTuple):
@@ -57,6 +62,21 @@ class TensorInfo(NamedTuple):
         return self.num_elements * self.dtype.itemsize
 
 
+class Encoded(NamedTuple):
+    """What coding a tensor has made of it.
+
+    Args:
+        payload: The bytes; None if the tensor as it is takes no more.
+        figures: What it came to.
+        num_symbols: What has to be decoded.
+
+    """
+
+    payload: bytes | None
+    figures: TensorStatistics
+    num_symbols: int
+
+
 def to_words(tensor: Tensor) -> Words:
     """See a tensor as unsigned integers.
 
@@ -64,12 +84,17 @@ def to_words(tensor: Tensor) -> Words:
         tensor: Of any data type in `DTYPES`, and on any device.
 
     Returns:
-        Its bits, in one dimension; a view if the tensor is contiguous and on the CPU.
+        Its bits, in one dimension; a view if the tensor is contiguous and on the CPU. No integer has 16 bytes: of those
+        they are complex numbers, whose bits nobody touches.
 
     """
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     words: Words = tensor.reshape(-1).view(_INTS[tensor.dtype.itemsize]).numpy()
-    return words.view(f"u{tensor.dtype.itemsize}")
+    return words.view(_word(tensor.dtype.itemsize))
+
+
+def _word(num_bytes: int) -> np.dtype[Any]:
+    return np.dtype(f"u{num_bytes}" if num_bytes <= _MAX_WORD else f"c{num_bytes}")
 
 
 def memory_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -88,9 +113,7 @@ def memory_of(tensor: Tensor) -> tuple[Any, ...]:
     return (*memory, tensor.is_conj(), tensor.is_neg())
 
 
-def encode(
-    name: str, tensor: Tensor, coder: streams.Coder, gap_bits: int | None = None
-) -> tuple[bytes | None, TensorStatistics]:
+def encode(name: str, tensor: Tensor, coder: streams.Coder, gap_bits: int | None = None) -> Encoded:
     """Code a tensor in the way that takes the fewest bytes.
 
     Args:
@@ -100,23 +123,29 @@ def encode(
         gap_bits: Bits of a distance between weights before it is coded; None: those that take the fewest bytes.
 
     Returns:
-        The bytes, or None if the tensor as it is takes no more; and what it came to.
+        The bytes, and what it came to.
 
     """
     words = to_words(tensor)
     places = np.flatnonzero(words)
-    counted = count_values(words[places])
     shape = tuple(tensor.shape)
     head = number(DTYPES.index(tensor.dtype)) + number(len(shape)) + b"".join(map(number, shape))
-    best = streams.smallest(ways_of(words, places, counted, shape, coder, gap_bits))
-    if len(head) + 1 + best.num_bytes < words.nbytes:
-        parts = best.encode()
-        payload = head + number(best.layout) + b"".join(parts)
-        if len(payload) < words.nbytes:
-            return payload, statistics_of(name, words, places, counted, best.layout, parts, len(payload), gap_bits)
+    if words.itemsize <= _MAX_WORD:
+        counted = count_values(words[places])
+        best = streams.smallest(ways_of(words, places, counted, shape, coder, gap_bits))
+        if len(head) + 1 + best.num_bytes < words.nbytes:
+            parts = best.encode()
+            payload = head + number(best.layout) + b"".join(parts)
+            if len(payload) < words.nbytes:
+                figures = statistics_of(name, words, places, counted, best.layout, parts, len(payload), gap_bits)
+                return Encoded(payload, figures, best.num_symbols)
     bits = 8 * words.itemsize
-    as_it_is = TensorStatistics(name, words.size, len(places), words.nbytes, words.nbytes, words.nbytes, bits, bits)
-    return None, as_it_is
+    as_bytes = (
+        head + number(0) + words.astype(words.dtype.newbyteorder("<")).tobytes() if tensor.dtype in _FOREIGN else None
+    )
+    num_bytes = words.nbytes if as_bytes is None else len(as_bytes)
+    figures = TensorStatistics(name, words.size, len(places), words.nbytes, num_bytes, words.nbytes, bits, bits)
+    return Encoded(as_bytes, figures, 0)
 
 
 def read_info(reader: Reader) -> TensorInfo:
@@ -137,12 +166,13 @@ def read_info(reader: Reader) -> TensorInfo:
     return TensorInfo(dtype, shape)
 
 
-def decode(data: Bytes) -> Tensor:
+def decode(data: Bytes, budget: Budget | None = None) -> Tensor:
     """Decode a tensor.
 
     Args:
         data: What :func:`encode` returned. Whoever calls this has compared what :func:`read_info` says of the size with
             the memory there is.
+        budget: Of the file; None: one for this tensor alone.
 
     Returns:
         The tensor.
@@ -151,18 +181,19 @@ def decode(data: Bytes) -> Tensor:
         CompressedFileError: If the bytes are none that :func:`encode` writes.
 
     """
-    reader = Reader(data)
+    reader = Reader(data, budget)
     info = read_info(reader)
-    if not info.num_elements:
-        raise CompressedFileError("it has no elements, and is coded all the same")
     layout = reader.number(SPARSE | SHARED | COLUMNS)
-    word = np.dtype(f"<u{info.dtype.itemsize}")
-    places, num_stored = None, info.num_elements
+    if layout and not info.num_elements:
+        raise CompressedFileError("it has no elements, and is coded all the same")
+    word = _word(info.dtype.itemsize).newbyteorder("<")
+    if layout and word.itemsize > _MAX_WORD:
+        raise CompressedFileError("numbers of 16 bytes aren't coded")
+    make_places: Callable[[], positions.Positions] | None = None
+    num_stored = info.num_elements
     if layout & SPARSE:
         num_stored = reader.number(info.num_elements)
-        places = positions.decode(reader, num_stored, info.num_elements)
-        if layout & COLUMNS and num_stored:
-            places = to_rows(places, info.shape)
+        make_places = positions.decode(reader, num_stored, info.num_elements)
     if layout & SHARED:
         codebook = _checked(reader.take(reader.number(MAX_VALUES) * word.itemsize).view(word), info.dtype)
         if not len(codebook) and num_stored:
@@ -171,10 +202,17 @@ def decode(data: Bytes) -> Tensor:
     else:
         values = _checked(reader.take(num_stored * word.itemsize).view(word), info.dtype)
     reader.end()
+    if not info.num_elements:
+        return torch.empty(info.shape, dtype=info.dtype)
     words = np.zeros(info.num_elements, word.newbyteorder("="))
-    words[slice(None) if places is None else places] = values
-    signed = words.view(f"i{word.itemsize}" if word.itemsize > 1 else "u1")  # what torch and numpy share
-    return torch.from_numpy(signed).view(info.dtype).reshape(info.shape)
+    if make_places is None:
+        words[:] = values
+    elif num_stored:
+        places = make_places()
+        words[to_rows(places, info.shape) if layout & COLUMNS else places] = values
+    if word.itemsize <= _MAX_WORD:
+        words = words.view(f"i{word.itemsize}" if word.itemsize > 1 else "u1")  # what torch and numpy share
+    return torch.from_numpy(words).view(info.dtype).reshape(info.shape)
 
 
 def _checked(values: Words, dtype: torch.dtype) -> Words:

@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 
 from .errors import CompressedFileError
+from .file import RESERVED
 
-TREE = "squall.tree"
-"""The tensor that is the text."""
-_RESERVED = (TREE, "squall.padding", "__metadata__")  # what files have beside tensors
+TREE, STATE = "squall.tree", "squall.state"
+"""The tensor that is the text of a whole checkpoint; and of a state_dict."""
+_RESERVED = (TREE, STATE, *RESERVED)
 
 
-def to_tensors(tree: Any) -> dict[str, Tensor]:
+def to_tensors(tree: Any, text: str = TREE, root: str = "checkpoint") -> dict[str, Tensor]:
     """Take a tree of containers apart.
 
     Args:
         tree: Dicts, lists, tuples, tensors, strings, bytes, numbers, None, data types and devices, one in another.
+        text: What the text is called.
+        root: What the tree is called, in messages.
 
     Returns:
         Its tensors by where they are in it, and its text as one more.
@@ -40,16 +43,24 @@ def to_tensors(tree: Any) -> dict[str, Tensor]:
 
     """
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_pack(tree, "", tensors), separators=(",", ":"))
-    tensors[TREE] = torch.from_numpy(np.frombuffer(bytearray(text.encode("utf-8", "surrogatepass")), np.uint8))
+    try:
+        packed = json.dumps(_pack(tree, "", tensors), separators=(",", ":"))
+    except _UnwritableError as error:
+        raise ValueError(f"{root}{error}") from None
+    tensors[text] = torch.from_numpy(np.frombuffer(bytearray(packed.encode("utf-8", "surrogatepass")), np.uint8))
     return tensors
 
 
-def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
+class _UnwritableError(ValueError):
+    """An entry can't be written; the message begins with where it is in the tree."""
+
+
+def from_tensors(tensors: Mapping[str, Tensor], text: str = TREE) -> Any:
     """Put a tree together again.
 
     Args:
         tensors: What :func:`to_tensors` returned.
+        text: What their text is called.
 
     Returns:
         The tree: equal types, keys in their order, and equal bits.
@@ -58,11 +69,11 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Any:
         CompressedFileError: They are no such tensors.
 
     """
-    text = tensors.get(TREE)
-    if text is None or text.dtype != torch.uint8 or text.dim() != 1:
+    packed = tensors.get(text)
+    if packed is None or packed.dtype != torch.uint8 or packed.dim() != 1:
         raise CompressedFileError("it has tensors, and is no checkpoint")
     try:
-        return _unpack(json.loads(text.numpy().tobytes().decode("utf-8", "surrogatepass")), tensors)
+        return _unpack(json.loads(packed.numpy().tobytes().decode("utf-8", "surrogatepass")), tensors)
     except CompressedFileError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError, RuntimeError) as error:
@@ -74,7 +85,7 @@ def _pack(node: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if node is None or kind in (bool, int, float, str):
         return node
     if isinstance(node, Tensor):
-        key = where.removeprefix("/") or "tensor"
+        key = where.removeprefix("/").encode("utf-8", "replace").decode() or "tensor"
         while key in tensors or key in _RESERVED:
             key += "'"  # keys with strokes in them can meet
         tensors[key] = node.detach()
@@ -94,8 +105,8 @@ def _pack(node: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return ["complex", node.real, node.imag]
     if kind in (torch.dtype, torch.device):
         return [kind.__name__, str(node).removeprefix("torch.")]
-    raise ValueError(
-        f"checkpoint[{where.removeprefix('/')!r}] is a {kind.__module__}.{kind.__qualname__}, which can't be written"
+    raise _UnwritableError(
+        f"[{where.removeprefix('/')!r}] is a {kind.__module__}.{kind.__qualname__}, which can't be written"
         " without pickle: leave it out (a hyper-parameter by save_hyperparameters(ignore=[...])), or make it numbers,"
         " strings, tensors, and lists, tuples and dicts of them."
     )
@@ -104,7 +115,7 @@ def _pack(node: Any, where: str, tensors: dict[str, Tensor]) -> Any:
 def _pack_key(key: Any, where: str) -> Any:
     """Keys are hashable, so no tensors and no lists."""
     if isinstance(key, Tensor):
-        raise ValueError(f"checkpoint[{where.removeprefix('/')!r}] has a tensor as a key, which can't be written.")
+        raise _UnwritableError(f"[{where.removeprefix('/')!r}] has a tensor as a key, which can't be written.")
     return _pack(key, f"{where}/(key)", {})
 
 

@@ -84,7 +84,7 @@ def ways_of(
     stream = _plan_codes(counts, coder)
     sparse = Way(
         num_index_bytes + _size(codebook) + stream.num_bytes,
-        where.num_symbols + len(places),
+        where.num_symbols + len(places) * (len(codebook) > 1),
         SPARSE | SHARED | columns,
         lambda: (indices(), _little_codebook(codebook), stream.encode(_codes(values(), codebook))),
     )
@@ -96,7 +96,7 @@ def ways_of(
     stream_of_all = _plan_codes(counts_of_all, coder)
     dense = Way(
         _size(codebook_of_all) + stream_of_all.num_bytes,
-        words.size,
+        words.size * (len(codebook_of_all) > 1),
         SHARED,
         lambda: (b"", _little_codebook(codebook_of_all), stream_of_all.encode(_codes(words, codebook_of_all))),
     )
@@ -133,7 +133,8 @@ def to_rows(turned: positions.Positions, shape: tuple[int, ...]) -> positions.Po
 
     """
     rows, columns = shape[0], math.prod(shape[1:])
-    return turned % rows * columns + turned // rows
+    along_rows: positions.Positions = turned % rows * columns + turned // rows
+    return along_rows
 
 
 def count_values(values: Words) -> Counted | None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from squall.models import LeNet300
 from squall.sparsity import CompressedFileError, load_compressed, save_compressed
-from squall.sparsity.coding import file, streams
+from squall.sparsity.coding import fields, file, streams
 from squall.sparsity.coding.fields import number
 from tests.sparsity.tensors import same
 from tests.sparsity.tensors import tensors as any_tensor
@@ -102,7 +102,7 @@ def test_a_file_is_replaced_when_the_new_one_is_whole(saved, tmp_path, monkeypat
     path, _ = saved
     before = path.read_bytes()
     with pytest.raises(ValueError, match="extra"):
-        save_compressed({"a": pruned(), "extra": "text"}, path)
+        save_compressed({"a": pruned(), "extra": {"text"}}, path)
     with monkeypatch.context() as full_disk:
         full_disk.setattr(file, "_checksum", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -119,20 +119,51 @@ def test_a_file_is_replaced_when_the_new_one_is_whole(saved, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("state_dict", "options", "words"),
     [
-        ({"a": 1}, {}, r"state_dict\['a'\] is a int"),
-        ({"a": torch.zeros(3, dtype=torch.complex128)}, {}, "complex128"),
+        ({"a": print}, {}, r"state_dict\['a'\] is a builtins.builtin"),
+        ({"a": {"b": [torch.zeros(3).to_sparse()]}}, {}, r"state_dict\['a/b/0'\] is a torch.sparse_coo"),
+        ({"a": torch.zeros([1] * 65)}, {}, "'a'.* has 65 dimensions"),
+        ({1: torch.zeros(3)}, {}, r"state_dict\[1\].* must be a string"),
+        ({"a\ud800": torch.zeros(3)}, {}, "surrogate.* rename"),
+        ({"__metadata__": torch.zeros(3)}, {}, "can't be called '__metadata__'.* rename"),
+        ({"squall.tree": torch.zeros(3)}, {}, "'squall.tree'.* rename"),
+        ({"squall.state": torch.zeros(3)}, {}, "'squall.state'.* rename"),
         ({"a": torch.zeros(3).to_sparse()}, {}, "sparse"),
         ({"a": torch.zeros(3, device="meta")}, {}, "meta"),
         ({"squall.padding": torch.zeros(3)}, {}, "rename"),
         ({}, {"coder": "zip"}, "coder='zip'"),
         ({}, {"gap_bits": 0}, "gap_bits=0"),
         ({}, {"gap_bits": 13}, "gap_bits=13"),
+        ({}, {"gap_bits": "x"}, "gap_bits=x must be a whole number"),
     ],
 )
 def test_what_can_t_be_saved(tmp_path, state_dict, options, words):
     with pytest.raises(ValueError, match=words):
         save_compressed(state_dict, tmp_path / "x.safetensors", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex32, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (40, 50)])
+def test_data_types_that_safetensors_has_not(tmp_path, dtype, shape):
+    state_dict = {"a": torch.randn(shape).to(dtype), "b": torch.zeros(shape, dtype=torch.uint8).view(torch.uint8)}
+    save_compressed(state_dict, tmp_path / "x.safetensors")
+    loaded = load_compressed(tmp_path / "x.safetensors")
+    assert all(same(loaded[name], state_dict[name]) for name in state_dict)
+
+
+def test_what_is_no_tensor_comes_back_too(tmp_path):
+    extra = {"scale": [torch.arange(3.0), 1.5, None], 2: (b"x", "y")}
+    state_dict = {"a": pruned(1), "m._extra_state": extra, "b": torch.ones(2), "squall.tied": None}
+    state_dict["squall.tied"] = state_dict["a"]
+    report = save_compressed(state_dict, tmp_path / "x.safetensors")
+    loaded = load_compressed(tmp_path / "x.safetensors")
+    assert list(loaded) == list(state_dict)
+    assert same(loaded["a"], state_dict["a"])
+    assert loaded["squall.tied"] is loaded["a"]
+    assert torch.equal(loaded["m._extra_state"]["scale"][0], extra["scale"][0])
+    assert loaded["m._extra_state"]["scale"][1:] == extra["scale"][1:]
+    assert loaded["m._extra_state"][2] == (b"x", "y")
+    assert report.num_file_bytes == (tmp_path / "x.safetensors").stat().st_size
 
 
 # Files that are none.
@@ -291,6 +322,60 @@ def test_a_thousand_million_weights(saved, numbers):
     with pytest.raises(CompressedFileError, match=r"tensor 'a': .* bytes can't hold"):
         load_compressed(path)
     assert time.perf_counter() - begin < 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "per_byte", "words"),
+    [
+        (7, 32, "symbols are announced"),  # positions are one symbol, so often
+        (2, 63, "symbols are announced, and"),  # more than a file may have
+        (2, 15, "doesn't end where its symbols do"),  # as many as it may have
+    ],
+)
+def test_a_good_checksum_over_symbols_that_nobody_has_written(saved, layout, per_byte, words):
+    num_bytes = 1 << 20
+    num = per_byte * num_bytes // 8 * 8
+    noise = np.random.default_rng(0).integers(1, 1 << 32, num_bytes // 4, dtype=np.uint32).astype("<u4").tobytes()
+    body = number(layout) + (b"".join(map(number, (num, 1, 0, 0, 1))) if layout & 1 else b"")
+    body += number(2) + np.array([1, 2], "<u4").tobytes()
+    body += b"".join(map(number, (1, 2))) + bytes([200, 1]) + number(num_bytes // 4) + noise
+    path = claim(saved, 0, 2, num // 8, 8, body=body)
+    begin = time.process_time()
+    with pytest.raises(CompressedFileError, match=words):
+        load_compressed(path)
+    assert time.process_time() - begin < 1
+
+
+def test_all_streams_of_a_file_have_one_budget(tmp_path, monkeypatch):
+    """Each of these tensors may be in a file, and so many of them may not."""
+    monkeypatch.setattr(fields, "FREE_SYMBOLS", 3000)
+    mask = torch.zeros(4000, dtype=torch.bool)
+    mask[1000:2000] = True
+    path = tmp_path / "x.safetensors"
+    save_compressed({"a": mask}, path)
+    assert same(load_compressed(path)["a"], mask)
+    with safe_open(path, "pt") as opened:
+        payload = opened.get_tensor("a").clone()
+    kinds = dict.fromkeys(["a", *map(str, range(100))], 1)
+    rewrite(path, kinds, {name: payload.clone() for name in kinds})
+    monkeypatch.setattr(fields, "MAX_SYMBOLS_PER_BYTE", 1)
+    with pytest.raises(CompressedFileError, match=r"symbols are announced, and .* bytes may have"):
+        load_compressed(path)
+
+
+@pytest.mark.parametrize("coder", streams.CODERS)
+def test_a_writer_keeps_to_what_a_reader_takes(tmp_path, coder):
+    """Clusters of weights take next to no bytes a symbol; very few weights take many symbols each."""
+    mask = torch.zeros(300, 10_000, dtype=torch.bool)
+    mask[:, 2000:9000] = True
+    mask[torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 1e-3] ^= True
+    few = torch.zeros(3_000_000)
+    few[torch.randperm(3_000_000, generator=torch.Generator().manual_seed(0))[:300]] = 1.5
+    state_dict = {"mask": mask, "few": few, "ones": torch.ones(1 << 20)}
+    report = save_compressed(state_dict, tmp_path / "x.safetensors", coder=coder)
+    loaded = load_compressed(tmp_path / "x.safetensors")
+    assert all(same(loaded[name], state_dict[name]) for name in state_dict)
+    assert report.num_file_bytes < 300_000
 
 
 def test_many_tensors_that_claim_a_little(tmp_path):

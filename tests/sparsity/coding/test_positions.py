@@ -14,7 +14,7 @@ from squall.sparsity.coding.fields import Reader, number
 
 def decoded(data, num_positions, num_elements):
     reader = Reader(np.frombuffer(data, np.uint8))
-    found = positions.decode(reader, num_positions, num_elements)
+    found = positions.decode(reader, num_positions, num_elements)()
     reader.end()
     return found
 
