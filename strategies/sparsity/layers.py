@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.weight_norm import WeightNorm
 
 _COMPILED = "_orig_mod."
-# What a layer of these holds is no matrix whose entries are connections.
+# What a layer of these holds is no matrix whose entries are connections; also where another layer is tied to it.
 _NEVER = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, nn.Embedding, nn.EmbeddingBag)
 
 
@@ -97,18 +98,21 @@ def layer_name(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def find_layers(module: nn.Module, dense: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+def find_layers(module: nn.Module, dense: Sequence[str] | None = ()) -> dict[str, nn.Parameter]:
     """Find the parameters that can be sparse.
 
     These are the trainable ones with two dimensions or more: weights of linear, convolutional, recurrent and attention
-    layers. Biases, normalisations, embeddings and frozen weights are left whole.
+    layers. Biases, lengths that `weight_norm` keeps, normalisations, embeddings and what is tied to them, frozen
+    weights and weights without elements are left whole.
 
     Args:
         module: Any module.
-        dense: Names or patterns (``*``, ``?``) of layers or parameters to leave whole as well.
+        dense: Names or patterns (``*``, ``?``) of layers or parameters to leave whole as well; any name of a parameter
+            that has several. None for none.
 
     Returns:
-        The parameters by name, in the module's order. A part that torch.compile wraps has the name it has without.
+        The parameters by name, the first of those they have, in the module's order. A part that torch.compile wraps
+        has the name it has without.
 
     Raises:
         ValueError: A pattern matches no such layer, none is left, or a weight has no shape yet.
@@ -119,26 +123,33 @@ def find_layers(module: nn.Module, dense: Sequence[str] = ()) -> dict[str, nn.Pa
 
     """
     found: dict[str, nn.Parameter] = {}
-    for name, parameter in module.named_parameters():
+    aliases: dict[int, list[str]] = {}
+    whole: set[int] = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
                 f"{name} has uninitialized parameters, which can't be masked: run one forward pass before fit."
             )
-        owner = module.get_submodule(name.rpartition(".")[0])
-        # torch's weight_norm keeps the lengths of the rows in original0: one number a row, and no connection.
-        lengths = name.endswith(".original0")
-        if parameter.ndim >= 2 and parameter.requires_grad and not isinstance(owner, _NEVER) and not lengths:
+        names = aliases.setdefault(id(parameter), [])
+        if not names and parameter.ndim >= 2 and parameter.requires_grad and parameter.numel():
             found[plain_name(name)] = parameter
+        names.append(plain_name(name))
+        if not _connects(module, name):
+            whole.add(id(parameter))
+    found = {name: parameter for name, parameter in found.items() if id(parameter) not in whole}
+    names_of = {name: aliases[id(parameter)] for name, parameter in found.items()}
+    dense = () if dense is None else dense
     if isinstance(dense, str):
         raise ValueError(f"dense={dense!r} must be a list of names or patterns: dense=[{dense!r}].")
+    left = dict(found)
     for pattern in dense:
-        matching = _matching(found, pattern)
+        matching = {name for name in found if _matches(names_of[name], pattern)}
+        left = {name: value for name, value in left.items() if name not in matching}
         if not matching:
             layers = ", ".join(map(layer_name, found)) or "none"
             raise ValueError(
                 f"dense={list(dense)}: no layer is called {pattern!r}. Those that could be sparse: {layers}."
             )
-    left = {name: value for name, value in found.items() if not any(name in _matching(found, p) for p in dense)}
     if not left:
         raise ValueError(
             "No layer is left to be sparse: the module has no trainable weights of two dimensions or more."
@@ -146,8 +157,18 @@ def find_layers(module: nn.Module, dense: Sequence[str] = ()) -> dict[str, nn.Pa
     return left
 
 
-def _matching(names: Iterable[str], pattern: str) -> set[str]:
-    return {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(layer_name(name), pattern)}
+def _matches(names: Iterable[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(layer_name(name), pattern) for name in names)
+
+
+def _connects(module: nn.Module, name: str) -> bool:
+    """Whether a parameter, by one of its names, is a matrix whose entries are connections."""
+    path, _, own = name.rpartition(".")
+    owner = module.get_submodule(path)
+    # torch's two weight_norms keep the lengths of the rows in original0 and weight_g: one number a row.
+    lengths = [f"{hook.name}_g" for hook in owner._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+    # Attention has biases with a batch's and a sequence's dimension: bias_k, bias_v.
+    return not (isinstance(owner, _NEVER) or own == "original0" or own in lengths or own.startswith("bias"))
 
 
 def smallest(score: Tensor, among: Tensor, num: int) -> Tensor:

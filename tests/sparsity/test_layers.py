@@ -35,6 +35,33 @@ def test_weights_of_two_dimensions_or_more_and_each_once() -> None:
     ]  # fmt: skip
 
 
+def test_what_is_no_connection_stays_whole() -> None:
+    net = nn.ModuleDict({
+        "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+        "old": nn.utils.weight_norm(nn.Linear(4, 4)),  # type: ignore[no-untyped-call]
+        "new": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        "empty": nn.Linear(0, 5),
+    })  # fmt: skip
+    assert list(find_layers(net)) == [
+        "attention.in_proj_weight", "attention.out_proj.weight", "old.weight_v",
+        "new.parametrizations.weight.original1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("embedding_first", [False, True])
+def test_an_embedding_stays_whole_whatever_is_tied_to_it(embedding_first: bool) -> None:
+    embedding, decoder = nn.Embedding(5, 4), nn.Linear(4, 5)
+    decoder.weight = embedding.weight
+    parts = {"embedding": embedding, "decoder": decoder} if embedding_first else {"decoder": decoder, "e": embedding}
+    assert list(find_layers(nn.ModuleDict({**parts, "fc": nn.Linear(4, 4)}))) == ["fc.weight"]
+
+
+@pytest.mark.parametrize("pattern", ["fc", "tied", "tied.weight", "t?ed"])
+def test_a_layer_is_left_dense_by_any_of_its_names(pattern: str) -> None:
+    assert "fc.weight" not in find_layers(Net(), dense=[pattern])
+    assert "fc.weight" in find_layers(Net(), dense=None)
+
+
 @pytest.mark.parametrize("pattern", ["fc", "fc.weight", "f*", "?c.weight"])
 def test_layers_are_left_dense_by_name_and_by_pattern(pattern: str) -> None:
     found = find_layers(Net(), dense=[pattern, "lstm*"])
