@@ -39,7 +39,12 @@ def prune_magnitude(layer: Layer, num: int) -> Tensor:
 
 @prunes.register("sign_magnitude")
 def prune_sign_magnitude(layer: Layer, num: int) -> Tensor:
-    """Drop the smallest positive and the largest negative weights, of each sign in proportion (SET)."""
+    """Drop the smallest positive and the largest negative weights, of each sign in proportion (SET).
+
+    Complex weights have no sign, and go by magnitude.
+    """
+    if layer.weight.is_complex():
+        return prune_magnitude(layer, num)
     positive = layer.mask & (layer.weight >= 0)
     num_positive = round(num * int(positive.sum()) / max(1, layer.num_live))
     gone = smallest(layer.weight, positive, num_positive)

@@ -1,9 +1,10 @@
 """Who owns the masks of a training: keeps dead weights at 0 under any optimizer, and lets an algorithm move the masks.
 
 A gradient is *cut* as soon as it is complete: what clipping and hooks see of it is that of live weights. What was cut
-off hangs on the gradient's tensor and goes when that goes. Where an algorithm reads the momentum of dead weights, it is
-put back right before the optimizer computes, scaled as the live part was meanwhile (clipped, unscaled), so that the
-optimizer's own momentum is dense. Otherwise the optimizer never sees it, and its state of dead weights is 0.
+off is kept until the optimizer has stepped, or the gradient has been set to zero or to None. Where an algorithm reads
+the momentum of dead weights, it is put back right before the optimizer computes, scaled as the live part was meanwhile
+(clipped, unscaled), so that the optimizer's own momentum is dense. Otherwise the optimizer never sees it, and its state
+of dead weights is 0.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from .algorithms import SparseAlgorithm, Update
+from .cuts import Cut, rescaled
 from .layers import Layer, plain_name
 
-_CUT = "_squall_cut"  # on a gradient: what was cut off, and the norm of the rest
 _BETA = 0.9  # of the momentum that is kept beside an optimizer without one
 VERSION = 1
 
@@ -62,6 +63,7 @@ class MaskedTraining:
         self.num_grown = 0
         self._dead: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}  # of optimizers that have none
+        self._cuts: dict[str, Cut] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self._share, self._progress = share, progress
         self._optimizers: list[Optimizer] = []
@@ -152,6 +154,10 @@ class MaskedTraining:
         for index, optimizer in enumerate(self._optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step(index)))
+            if self.algorithm.reads:
+                for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                    if name := self._names.get(id(parameter)):
+                        self._handles.append(parameter.register_hook(self._before_gradient(name, parameter)))
         self.apply()
 
     def detach(self) -> None:
@@ -159,6 +165,7 @@ class MaskedTraining:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._cuts.clear()
         self._optimizers = []
 
     def _layers_of(self, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
@@ -179,7 +186,7 @@ class MaskedTraining:
             keep = self._reads_gradients(index)
             for name, parameter, _ in self._layers_of(optimizer):
                 if parameter.grad is not None:
-                    self._cut(parameter.grad, self._dead[name], keep)
+                    self._cut(name, parameter.grad, keep)
 
     def _reads_gradients(self, index: int) -> bool:
         reads = self.algorithm.reads
@@ -187,27 +194,32 @@ class MaskedTraining:
             "gradient" in reads and self.algorithm.is_due(self.num_steps[index] + 1, False, self._progress())
         )
 
-    @staticmethod
-    def _cut(gradient: Tensor, dead: Tensor, keep: bool) -> None:
+    def _before_gradient(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        def before_gradient(more: Tensor) -> None:
+            """What was cut off belongs to the gradient that this one is added to, or to none that there is."""
+            cut = self._cuts.get(name)
+            if cut is None:
+                return
+            if cut.is_over(parameter.grad) or cut.is_zeroed():
+                del self._cuts[name]
+            else:
+                cut.grows = True
+
+        return before_gradient
+
+    def _cut(self, name: str, gradient: Tensor, keep: bool) -> None:
+        dead, before = self._dead[name], self._cuts.pop(name, None)
         if not keep:
             gradient.masked_fill_(dead, 0)
             return
         off = gradient.masked_fill(~dead, 0)
-        before = getattr(gradient, _CUT, None)  # of a backward pass to which this one was added
-        if before is not None:
-            off += before[0]
+        if before is not None and (before.grows or before.gradient is gradient):
+            off += before.off
         gradient.masked_fill_(dead, 0)
-        setattr(gradient, _CUT, (off, gradient.norm()))
+        self._cuts[name] = Cut(gradient, off)
 
-    @staticmethod
-    def _cut_off(gradient: Tensor) -> Tensor | None:
-        """What was cut off a gradient, scaled as the rest was since: unscaled, or clipped."""
-        cut = getattr(gradient, _CUT, None)
-        if cut is None:
-            return None
-        off, norm = cut
-        scale = torch.where(norm > 0, gradient.norm() / norm, 1.0).to(off.dtype)
-        return torch.nan_to_num(off * scale, nan=0.0, posinf=0.0, neginf=0.0)
+    def _cut_off(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return rescaled({name: self._cuts[name] for name in names if name in self._cuts})
 
     def _before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Have the last word before the optimizer computes: after its closure, if that is what computes gradients."""
@@ -226,32 +238,37 @@ class MaskedTraining:
     @torch.no_grad()
     def _complete(self, optimizer: Optimizer) -> None:
         keep = self._reads_gradients(self._optimizers.index(optimizer))
+        fed = []
         for name, parameter, group in self._layers_of(optimizer):
-            gradient = parameter.grad
+            gradient, cut = parameter.grad, self._cuts.get(name)
             if gradient is None:
                 continue
-            if not hasattr(gradient, _CUT):  # a backward pass that nobody announced
-                self._cut(gradient, self._dead[name], keep)
+            if cut is None or cut.grows or cut.is_over(gradient):  # a backward pass that nobody announced
+                self._cut(name, gradient, keep)
+            elif cut.is_zeroed() and bool(cut.norm > 0):
+                del self._cuts[name]
             if self._feeds(group):
-                off = self._cut_off(gradient)
-                gradient.add_(off if off is not None else 0)
+                fed.append(name)
+        for name, off in self._cut_off(fed).items():
+            self._cuts[name].gradient.add_(off)
+            self._cuts[name].is_fed = True
 
     def _after_step(self, index: int) -> Callable[..., None]:
         @torch.no_grad()
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             gradients = {}
-            for name, parameter, group in self._layers_of(optimizer):
-                dead, gradient = self._dead[name], parameter.grad
+            layers = list(self._layers_of(optimizer))
+            offs = self._cut_off(name for name, *_ in layers if name in self._cuts and not self._cuts[name].is_fed)
+            for name, parameter, _ in layers:
+                dead, gradient, cut = self._dead[name], parameter.grad, self._cuts.pop(name, None)
                 parameter.masked_fill_(dead, 0)
                 if gradient is None:
                     continue
-                if hasattr(gradient, _CUT):
-                    off = None if self._feeds(group) else self._cut_off(gradient)
-                    complete = gradient.clone() if off is None else gradient + off
+                if cut is not None and not cut.is_over(gradient):
+                    complete = gradient + offs[name] if name in offs else gradient.clone()
                     if "momentum" in self.algorithm.reads and _momentum_in(optimizer, parameter) is None:
                         self._momentum[name] = _BETA * self._momentum.get(name, 0) + complete
                     gradients[name] = complete
-                    delattr(gradient, _CUT)
                 gradient.masked_fill_(dead, 0)
             self.num_steps[index] += 1
             if self.algorithm.is_due(self.num_steps[index], False, self._progress()):
@@ -261,10 +278,13 @@ class MaskedTraining:
 
     def _clear_state(self, optimizer: Optimizer) -> None:
         for name, parameter, group in self._layers_of(optimizer):
-            if not self._feeds(group):
-                for value in optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.masked_fill_(self._dead[name], 0)
+            if self._feeds(group):
+                continue
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    # Rprop's step begins with the rate, and what is 0 stays 0.
+                    first = float(group["lr"]) if key == "step_size" else 0.0
+                    value.masked_fill_(self._dead[name], complex(first, first) if value.is_complex() else first)
 
     # ------------------------------------------------------------------ moving
 

@@ -298,6 +298,91 @@ def test_what_was_cut_goes_with_the_gradient() -> None:
     assert torch.equal(buffer(True), buffer(False))
 
 
+@pytest.mark.parametrize("way", ["none", "zero", "same"])
+def test_what_was_cut_goes_when_the_gradient_is_zeroed_without_a_step(way: str) -> None:
+    """DDP's gradient_as_bucket_view puts the same tensor back after it was None."""
+    net = nn.Linear(4, 4, bias=False)
+    made = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    training = MaskedTraining(SparseMomentum(density=0.25, seed=0), {"weight": net.weight}, 0)
+    training.reset()
+    training.attach([made])
+    for number in range(3):
+        kept = net.weight.grad
+        made.zero_grad(set_to_none=way != "zero")
+        if way == "same" and kept is not None:
+
+            def put_back(gradient: Tensor, kept: Tensor = kept) -> Tensor:
+                net.weight.grad = kept.zero_()
+                return gradient
+
+            handle = net.weight.register_hook(put_back)
+        net.weight.sum().mul(number + 1).backward()
+        if way == "same" and kept is not None:
+            handle.remove()
+        training.cut_gradients()
+    made.step()
+    assert torch.equal(made.state[net.weight]["momentum_buffer"], torch.full((4, 4), 3.0))
+
+
+def test_a_gradient_that_is_zeroed_and_stepped_on_feeds_nothing() -> None:
+    net = nn.Linear(4, 4, bias=False)
+    made = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    training = MaskedTraining(SparseMomentum(density=0.25, seed=0), {"weight": net.weight}, 0)
+    training.reset()
+    training.attach([made])
+    net.weight.sum().backward()
+    training.cut_gradients()
+    made.zero_grad(set_to_none=False)
+    made.step()
+    assert not made.state[net.weight]["momentum_buffer"].any()
+
+
+def test_a_layer_whose_live_gradient_is_zero_is_unscaled_as_the_others_are() -> None:
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    made = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    training = MaskedTraining(SparseMomentum(density=0.25, seed=0), find_layers(net), 0)
+    training.reset()
+    training.attach([made])
+    dead = ~training.masks["0.weight"]
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)  # type: ignore[attr-defined]
+    scaler.scale((net[0].weight * dead).sum() + net[1].weight.sum()).backward()
+    training.cut_gradients()
+    scaler.unscale_(made)
+    scaler.step(made)
+    assert torch.equal(made.state[net[0].weight]["momentum_buffer"], dead.float())
+    assert torch.equal(made.state[net[1].weight]["momentum_buffer"], torch.ones(4, 4))
+
+
+def test_weights_that_rprop_grows_move() -> None:
+    net = network()
+    made = torch.optim.Rprop(net.parameters(), lr=0.01)
+    training = MaskedTraining(SET(density=0.3, update_every=2), find_layers(net), 5)
+    training.reset()
+    training.attach([made])
+    for step in range(4):
+        before = training.masks["3.weight"]
+        made.zero_grad()
+        loss_of(net, step).backward()
+        made.step()
+    grown = training.masks["3.weight"] & ~before
+    assert grown.any()
+    made.zero_grad()
+    loss_of(net, 4).backward()
+    made.step()
+    assert net[3].weight[grown].abs().min() > 0
+
+
+def test_set_prunes_complex_weights_by_magnitude() -> None:
+    net = nn.Linear(8, 8, dtype=torch.complex64)
+    made = torch.optim.SGD(net.parameters(), lr=0.1)
+    training = MaskedTraining(SET(density=0.5, update_every=1), find_layers(net), 5)
+    training.reset()
+    training.attach([made])
+    net(torch.ones(1, 8, dtype=torch.complex64)).abs().sum().backward()
+    made.step()
+    assert int(training.masks["weight"].sum()) == 32
+
+
 def test_layers_of_one_optimizer_trade_among_themselves() -> None:
     net = network()
     first, second = (OPTIMIZERS["momentum"](part.parameters()) for part in (net[:4], net[4:]))
