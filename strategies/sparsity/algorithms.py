@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .arguments import is_number, is_whole
 from .functions import Grow, Prune, Redistribute, grows, momentum_shares, prunes, redistributions
 from .initialisation import INITIALISATIONS, magnitude_masks, random_masks
 from .layers import Layer
@@ -42,7 +43,7 @@ class SparseAlgorithm(ABC):
 
     Args:
         density: Live weights over all, in the layers that are sparse.
-        dense: Names or patterns of layers to leave whole.
+        dense: Names or patterns of layers to leave whole; None for none.
         seed: Of the masks and of random growth; None for the first rank's.
 
     Raises:
@@ -50,12 +51,17 @@ class SparseAlgorithm(ABC):
 
     """
 
-    def __init__(self, density: float, dense: Sequence[str] = (), seed: int | None = None) -> None:
-        if isinstance(density, bool) or not isinstance(density, int | float) or not 0.0 < density <= 1.0:
+    def __init__(self, density: float, dense: Sequence[str] | None = (), seed: int | None = None) -> None:
+        if not (is_number(density) and 0.0 < density <= 1.0):
             raise ValueError(f"density={density!r} must be above 0 and at most 1: 0.05 keeps one weight in twenty.")
         self.density = float(density)
-        self.dense = dense
+        self.dense = () if dense is None else dense
         self.seed = seed
+
+    @property
+    def density_asked(self) -> Any:
+        """The density as the user gave it, which a training that goes on has to have too."""
+        return self.density
 
     reads: frozenset[str] = frozenset()
     """What the algorithm reads of dead weights: "momentum", "gradient"."""
@@ -167,7 +173,7 @@ class DynamicSparsity(SparseAlgorithm):
         update_every: int | Literal["epoch"] = "epoch",
         stop: float = 1.0,
         init: str = "uniform",
-        dense: Sequence[str] = (),
+        dense: Sequence[str] | None = (),
         seed: int | None = None,
     ) -> None:
         super().__init__(density, dense, seed)
@@ -178,8 +184,7 @@ class DynamicSparsity(SparseAlgorithm):
             raise ValueError(f"schedule={schedule!r} is none of {', '.join(RATES)}.")
         if init not in INITIALISATIONS:
             raise ValueError(f"init={init!r} is none of {', '.join(INITIALISATIONS)}.")
-        whole = isinstance(update_every, int) and not isinstance(update_every, bool) and update_every > 0
-        if update_every != "epoch" and not whole:
+        if update_every != "epoch" and not (is_whole(update_every) and update_every > 0):
             raise ValueError(f"update_every={update_every!r} must be 'epoch' or a number of steps, 1 or more.")
         self.prune = prunes.find(prune)
         self.redistribute = redistributions.find(redistribute)
@@ -188,7 +193,8 @@ class DynamicSparsity(SparseAlgorithm):
         if update_every == "epoch" and "gradient" in self.reads:
             raise ValueError("update_every='epoch': between epochs is no gradient to read. Give a number of steps.")
         self.prune_rate, self.prune_rate_end, self.schedule = prune_rate, prune_rate_end, schedule
-        self.update_every, self.stop, self.init = update_every, stop, init
+        self.update_every: int | Literal["epoch"] = "epoch" if update_every == "epoch" else int(update_every)
+        self.stop, self.init = stop, init
         self.needs_progress = schedule in NEED_PROGRESS or stop < 1.0
 
     def __repr__(self) -> str:
@@ -311,7 +317,7 @@ class SparseMomentum(DynamicSparsity):
         update_every: int | Literal["epoch"] = "epoch",
         stop: float = 1.0,
         init: str = "uniform",
-        dense: Sequence[str] = (),
+        dense: Sequence[str] | None = (),
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -359,7 +365,7 @@ class RigL(DynamicSparsity):
         update_every: int = 100,
         stop: float = 0.75,
         init: str = "erk",
-        dense: Sequence[str] = (),
+        dense: Sequence[str] | None = (),
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -393,7 +399,7 @@ class SET(DynamicSparsity):
         prune_rate: float = 0.3,
         update_every: int | Literal["epoch"] = "epoch",
         init: str = "erk",
-        dense: Sequence[str] = (),
+        dense: Sequence[str] | None = (),
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -421,7 +427,7 @@ class Static(DynamicSparsity):
     """
 
     def __init__(
-        self, density: float = 0.05, init: str = "uniform", dense: Sequence[str] = (), seed: int | None = None
+        self, density: float = 0.05, init: str = "uniform", dense: Sequence[str] | None = (), seed: int | None = None
     ) -> None:
         super().__init__(
             density, "magnitude", "none", "random", 0.0, 0.0, "constant", "epoch", init=init, dense=dense, seed=seed

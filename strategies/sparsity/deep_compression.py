@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .algorithms import SparseAlgorithm, Update
+from .arguments import is_number, is_whole
 from .coding.streams import CODERS, Coder
 from .layers import Layer, largest, layer_name, num_kept
 from .patterns import settings_of
@@ -99,28 +100,36 @@ class DeepCompression(SparseAlgorithm):
         self.densities, self.bits = _by_layer(density), _by_layer(bits)
         self.sensitivities = _by_layer(sensitivity)
         for name, value in self.densities.items():
-            if value is not None and not (_is_number(value) and 0.0 < value <= 1.0):
+            if value is not None and not (is_number(value) and 0.0 < value <= 1.0):
                 raise ValueError(f"density={value!r} of {name!r} must be above 0 and at most 1: 0.09 keeps 9 %.")
         for name, value in self.bits.items():
-            if value is not None and not (isinstance(value, int) and _is_number(value) and 1 <= value <= MAX_BITS):
+            if value is not None and not (is_whole(value) and 1 <= value <= MAX_BITS):
                 raise ValueError(f"bits={value!r} of {name!r} must be a whole number from 1 to {MAX_BITS}.")
         for name, value in self.sensitivities.items():
-            if value is not None and not (_is_number(value) and value > 0.0):
+            if value is not None and not (is_number(value) and value > 0.0):
                 raise ValueError(f"sensitivity={value!r} of {name!r} must be above 0, or null.")
-        if isinstance(num_rounds, bool) or not isinstance(num_rounds, int) or num_rounds < 1:
+        if not is_whole(num_rounds) or num_rounds < 1:
             raise ValueError(f"num_rounds={num_rounds!r} must be 1 or more.")
         check_length("train", train, 0)
         check_length("retrain", _given("retrain", retrain), num_rounds)
         check_length("share", _given("share", share), 1)
         factors = {"retrain_lr": retrain_lr, "share_lr": share_lr, "centroid_lr": centroid_lr}
         for name, value in factors.items():
-            if not (value is None and name == "centroid_lr") and not (_is_number(value) and value >= 0.0):  # type: ignore[operator]
+            if not (value is None and name == "centroid_lr") and not (is_number(value) and value >= 0.0):  # type: ignore[operator]
                 raise ValueError(f"{name}={value!r} must be a factor of the learning rate, 0 or more.")
         if coder not in CODERS:
             raise ValueError(f"coder={coder!r} must be one of {', '.join(CODERS)}.")
         self.train, self.retrain, self.share, self.num_rounds = train, retrain, share, num_rounds
         self.retrain_lr, self.share_lr, self.centroid_lr = retrain_lr, share_lr, centroid_lr
         self.dropout, self.dirpath, self.filename, self.coder = dropout, dirpath, filename, coder
+
+    @property
+    def density_asked(self) -> Any:
+        """What decides how many weights are left in the end."""
+        return {
+            "density": {name: _plain(value) for name, value in self.densities.items()},
+            "sensitivity": {name: _plain(value) for name, value in self.sensitivities.items()},
+        }
 
     def __repr__(self) -> str:
         return f"DeepCompression(density={self.densities}, bits={self.bits}, num_rounds={self.num_rounds})"
@@ -181,6 +190,11 @@ class DeepCompression(SparseAlgorithm):
             sensitivity = sensitivities.get(layer)
             density = None if sensitivity is not None else densities.get(layer)
             plan = plans[name] = LayerPlan(density, sensitivity, bits.get(layer))
+            if plan.bits is not None and parameter.is_complex():
+                raise ValueError(
+                    f"bits={plan.bits}: {layer} has complex weights, which can't be shared: give it none,"
+                    f" bits={{'*': {plan.bits}, '{layer}': None}}."
+                )
             num_left = parameter.numel() if density is None else num_kept(density, parameter.numel())
             if plan.num_values > num_left:
                 raise ValueError(
@@ -252,8 +266,8 @@ def _by_layer(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {"*": value}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _plain(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _given(argument: str, value: float | None) -> float:

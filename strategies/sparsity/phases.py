@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from .arguments import is_number, is_whole
+
 NAMES = ("train", "prune", "share")
 
 
@@ -41,9 +43,9 @@ def check_length(argument: str, value: float | None, least: int) -> None:
         ValueError: It is none, or too short.
 
     """
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    part = isinstance(value, float) and 0.0 < value < 1.0
-    if not (value is None or whole or part):
+    if value is None:
+        return
+    if not (value >= least if is_whole(value) else is_number(value) and 0.0 < value < 1.0):
         raise ValueError(
             f"{argument}={value!r} must be a number of epochs, {least} or more, or a part of the training below 1."
         )
@@ -110,4 +112,4 @@ def all_at_once(phases: Sequence[Phase]) -> list[Phase]:
 
 
 def _epochs(length: float, num_epochs: int, least: int) -> int:
-    return length if isinstance(length, int) else max(least, math.floor(length * num_epochs))
+    return int(length) if is_whole(length) else max(least, math.floor(length * num_epochs))

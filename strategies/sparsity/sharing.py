@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .arguments import is_whole
+
 MAX_BITS = 16
 
 _Floats = npt.NDArray[np.float64]
@@ -58,16 +60,19 @@ def share_weights(weight: Tensor, bits: int, mask: Tensor | None = None, max_ite
         Centroids in the weight's data type, and assignments. The same input gives the same result on every machine.
 
     Raises:
-        ValueError: If `bits` is none of those, if there are fewer weights than centroids, or one isn't finite.
+        ValueError: If `bits` is none of those, if there are fewer weights than centroids, or if one isn't finite or is
+            complex.
 
     Example:
         >>> share_weights(torch.tensor([-1.0, 0.0, 0.9, 1.1]), bits=1).dense()
         tensor([-1.,  0.,  1.,  1.])
 
     """
-    if not 1 <= bits <= MAX_BITS:
+    if not (is_whole(bits) and 1 <= bits <= MAX_BITS):
         raise ValueError(f"bits={bits} must be from 1 to {MAX_BITS}.")
     weight = weight.detach()
+    if weight.is_complex():
+        raise ValueError("Complex weights can't be shared: share their real and their imaginary parts, as two tensors.")
     mask = weight != 0 if mask is None else mask
     values = weight[mask].double().cpu().numpy()
     if len(values) < 1 << bits:

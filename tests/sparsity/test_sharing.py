@@ -97,6 +97,11 @@ def test_more_centroids_than_weights():
         share_weights(torch.tensor([1.0, 0.0, 2.0, 3.0]), 2)
 
 
+def test_complex_weights():
+    with pytest.raises(ValueError, match="Complex weights can't be shared"):
+        share_weights(torch.randn(10, dtype=torch.complex64), 1)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_aren_t_finite(value):
     with pytest.raises(ValueError, match="isn't finite"):
