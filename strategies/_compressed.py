@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 
 from .sparsity import CompressionReport, save_compressed
+from .sparsity.coding import check_state_dict
 from .sparsity.compressing import CompressingTraining
 from .sparsity.layers import layer_name
 
@@ -28,6 +29,8 @@ def check_steps(trainer: Trainer, training: CompressingTraining) -> None:
     """
     if trainer.max_steps < 0 or training.hurried:
         return
+    if not math.isfinite(trainer.num_training_batches):
+        return  # an iterable data set doesn't say how long an epoch is
     steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     last = training.phases[-1]
     if last.epoch * steps_per_epoch >= trainer.max_steps:
@@ -35,6 +38,28 @@ def check_steps(trainer: Trainer, training: CompressingTraining) -> None:
             f"max_steps={trainer.max_steps} ends the training before its last phase, which begins after epoch"
             f" {last.epoch} with step {last.epoch * steps_per_epoch}: leave it out, or make it larger."
         )
+
+
+def check_contents(module: LightningModule, training: CompressingTraining) -> None:
+    """Refuse a module that the compressed file can't hold, before it is trained.
+
+    Args:
+        module: To be trained.
+        training: With its algorithm.
+
+    Raises:
+        MisconfigurationException: An entry of its state_dict can't be stored.
+
+    """
+    if training.algorithm.filename is None or training.hurried:
+        return
+    try:
+        check_state_dict(module.state_dict())
+    except ValueError as error:
+        raise MisconfigurationException(
+            f"The compressed file at the end of the training can't hold the module: {error} Or have no file:"
+            " DeepCompression(filename=None)."
+        ) from None
 
 
 def write_compressed(module: LightningModule, training: CompressingTraining) -> CompressionReport | None:

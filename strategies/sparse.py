@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
@@ -18,9 +20,19 @@ from torch import Tensor, distributed
 from torch.nn import Module, Parameter
 from torch.optim import LBFGS, Optimizer
 
-from ._compressed import check_steps, write_compressed
+from ._compressed import check_contents, check_steps, write_compressed
+from ._resumed import check_resumed, settings_of
 from .launching import DDPStrategy
-from .sparsity import CompressionReport, MaskedTraining, SparseAlgorithm, SparseMomentum, densities, find_layers
+from .sparsity import (
+    CompressedCheckpointIO,
+    CompressionReport,
+    MaskedTraining,
+    SparseAlgorithm,
+    SparseMomentum,
+    densities,
+    find_layers,
+)
+from .sparsity.coding import is_compressed
 from .sparsity.compressing import CompressingTraining
 from .sparsity.layers import plain_name
 from .sparsity.table import layer_table
@@ -48,7 +60,8 @@ class SparseStrategy(Strategy):
 
     Raises:
         MisconfigurationException: Before the first batch, if ``inner`` doesn't suit the devices, or the algorithm
-            needs to know how long training is and the Trainer doesn't say.
+            needs to know how long training is and the Trainer doesn't say; or a checkpoint goes on with another
+            density, or with layers that were whole.
         ValueError: Before the first batch, if a pattern of ``dense`` names no layer, or no layer can be sparse.
 
     Metrics: ``density/<layer>`` and ``density/total``, ``sparsity/prune_rate`` of the last update, and
@@ -56,6 +69,9 @@ class SparseStrategy(Strategy):
 
     Averages of weights (EMA, SWA) are over several masks; they are cut to the current one when they are saved, and at
     the end of the training. Parameters that are frozen when training begins stay whole.
+
+    ``ckpt_path`` may be a compressed file: one that ``CompressedCheckpointIO`` has written goes on as any checkpoint,
+    and of :func:`~squall.sparsity.save_compressed`'s the weights are where a new training begins, or what is tested.
 
     Example:
         >>> import squall
@@ -137,6 +153,8 @@ class SparseStrategy(Strategy):
             )
         assert self._training is not None
         self._training.expect(trainer.max_epochs, hurried=bool(getattr(trainer, "fast_dev_run", False)))
+        if isinstance(self._training, CompressingTraining):
+            check_contents(self.lightning_module, self._training)
         if is_new and self._loaded is None:
             self._training.reset()
         self._take_loaded()
@@ -229,11 +247,22 @@ class SparseStrategy(Strategy):
     # ------------------------------------------------------------------ checkpoints
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; of a dense training no more than the weights, for an algorithm that begins with them."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        """Read a checkpoint, or a compressed file, which may be one or weights alone.
+
+        Of a dense training there is no more than the weights for an algorithm that begins with them.
+        """
+        if (
+            _is_local_file_protocol(checkpoint_path)
+            and Path(checkpoint_path).is_file()
+            and is_compressed(checkpoint_path)
+        ):
+            checkpoint = CompressedCheckpointIO().load_checkpoint(checkpoint_path)
+        else:
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         module = self.lightning_module
         fitting = module is not None and module.trainer.state.fn == TrainerFn.FITTING
-        if not fitting or not self.sparsity.starts_from_weights or KEY in checkpoint:
+        starts = self.sparsity.starts_from_weights or not {"loops", "optimizer_states", "epoch"} & checkpoint.keys()
+        if not fitting or not starts or KEY in checkpoint:
             return checkpoint
         rank_zero_info("The checkpoint has no masks: its weights are where this training begins, with epoch 0.")
         left_out = ("loops", "callbacks")
@@ -253,6 +282,7 @@ class SparseStrategy(Strategy):
             return
         if loaded:
             self._training.load_state_dict(loaded)
+            check_resumed(loaded, self.sparsity, self._training.parameters)
         else:
             if not self.sparsity.starts_from_weights:
                 rank_zero_info("The checkpoint has no masks: the largest weights of each layer live.")
@@ -270,7 +300,7 @@ class SparseStrategy(Strategy):
         if training is not None and module is not None:
             named = _parameters_of(module)
             if all(named.get(name) is parameter for name, parameter in training.parameters.items()):
-                checkpoint[KEY] = training.state_dict()
+                checkpoint[KEY] = training.state_dict() | settings_of(self.sparsity, training.parameters)
                 checkpoint["state_dict"] = training.masked_state_dict(checkpoint["state_dict"])
         super().save_checkpoint(checkpoint, filepath, storage_options)
 

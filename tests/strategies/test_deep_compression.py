@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import squall
 from squall.sparsity import SET, CompressedCheckpointIO, CompressedFileError, DeepCompression, load_compressed
@@ -368,6 +370,80 @@ def test_what_cannot_be_done_is_refused_before_the_first_batch(
 
     with pytest.raises((ValueError, MisconfigurationException), match=message):
         trainer_of(tmp_path, algorithm(**options), **trainer_options).fit(Untouched(), Batches())
+
+
+class Extra(Net):
+    """What a module may have beside tensors: an extra state."""
+
+    def __init__(self, extra: Any) -> None:
+        super().__init__()
+        self.extra, self.num_batches = extra, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.num_batches += 1
+        return super().training_step(batch, batch_idx)
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def test_extra_state_is_in_the_file(tmp_path: Path) -> None:
+    module = Extra({"scale": [1.5, torch.ones(2)]})
+    trainer, _ = fit(tmp_path, module=module)
+    stock = Extra(None)
+    stock.load_state_dict(load_compressed(tmp_path / "compressed.safetensors"))
+    assert stock.extra["scale"][0] == 1.5
+    assert torch.equal(stock.net[4].weight, module.net[4].weight)
+    trainer.test(tested := Extra(None), Batches(), ckpt_path=tmp_path / "compressed.safetensors", verbose=False)
+    assert tested.extra["scale"][0] == 1.5
+    again = trainer_of(tmp_path, algorithm())
+    again.fit(Extra(None), Batches(), ckpt_path=tmp_path / "compressed.safetensors")
+    assert again.global_step == 24
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [({"function": max}, r"can't hold the module: state_dict\['_extra_state/function'\] is a builtins"),
+     (torch.eye(3).to_sparse(), r"state_dict\['_extra_state'\] is a torch.sparse_coo")],
+)  # fmt: skip
+def test_what_the_file_cannot_hold_is_named_before_the_first_batch(tmp_path: Path, extra: Any, words: str) -> None:
+    module = Extra(extra)
+    with pytest.raises(MisconfigurationException, match=words):
+        fit(tmp_path, module=module)
+    assert module.num_batches == 0
+
+
+def test_data_that_does_not_say_how_long_it_is(tmp_path: Path) -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(Batches())
+
+    trainer = trainer_of(tmp_path, algorithm(), max_steps=100)
+    trainer.fit(Net(), DataLoader(Endless(), batch_size=None))
+    assert trainer.global_step == 24
+
+
+def test_another_density_than_the_checkpoint_s_is_refused(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    other = trainer_of(tmp_path, algorithm(density=0.2))
+    with pytest.raises(MisconfigurationException, match=r"density=.*0\.3.* and this one has density=.*0\.2"):
+        other.fit(Dropping(), Batches(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    made = algorithm(density={"*": np.float32(0.5)}, bits=np.int64(3), retrain=np.int64(2), num_rounds=np.int64(2))
+    assert [phase.epoch for phase in made.plan(6, False)] == [0, 2, 3, 4]
+    assert squall.sparsity.SparseMomentum(density=np.float32(0.5), update_every=np.int64(3)).density == 0.5
+
+
+def test_complex_weights_share_no_values() -> None:
+    weights = {"a.weight": nn.Parameter(torch.randn(9, 9, dtype=torch.complex64))}
+    with pytest.raises(ValueError, match=r"bits=2: a has complex weights"):
+        algorithm(density=0.5).settle(weights)
 
 
 def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 import squall
-from squall.sparsity import SET, RigL, SparseAlgorithm, SparseMomentum, Static
+from squall.sparsity import (
+    SET,
+    CompressedCheckpointIO,
+    RigL,
+    SparseAlgorithm,
+    SparseMomentum,
+    Static,
+    load_compressed,
+    save_compressed,
+)
 from tests.ranks import run
 
 MAKERS: dict[str, Callable[[], SparseAlgorithm]] = {
@@ -352,6 +361,50 @@ def test_masks_of_other_layers_are_refused_before_the_first_batch(tmp_path: Path
     again = trainer_of(tmp_path, Static(density=0.3, dense=["net.0"]), max_epochs=2)
     with pytest.raises(ValueError, match=r"mask for net.0.weight .* same `dense`"):
         again.fit(Net(), Batches(), ckpt_path=tmp_path / "saved.ckpt", weights_only=False)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        (lambda: Static(density=0.05, dense=["net.0"]), r"density=0\.3, and this one has density=0\.05: give it"),
+        (lambda: Static(density=0.3, dense=None), r"left net\.0 whole, .* give it dense=\['net\.0'\]"),
+    ],
+)  # fmt: skip
+def test_other_settings_than_the_checkpoint_s_are_refused(
+    tmp_path: Path, algorithm: Callable[[], SparseAlgorithm], words: str
+) -> None:
+    trainer = trainer_of(tmp_path, Static(density=0.3, dense=["net.0"]), max_epochs=1)
+    trainer.fit(Net(), Batches())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    for more, made in (({"max_epochs": 2}, algorithm()), ({"max_epochs": 1}, Static(density=0.3, dense=["net.0"]))):
+        again = trainer_of(tmp_path, made, **more)
+        if more["max_epochs"] == 1:
+            again.fit(Net(), Batches(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True)
+            continue
+        with pytest.raises(MisconfigurationException, match=words):
+            again.fit(Net(), Batches(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True)
+
+
+def test_compressed_files_are_read_whatever_their_names_are(tmp_path: Path) -> None:
+    trainer, module = trainer_of(tmp_path, Static(density=0.3), max_epochs=1), Net()
+    trainer.fit(module, Batches())
+    save_compressed(module.state_dict(), tmp_path / "weights.ckpt")
+    whole = {"plugins": CompressedCheckpointIO(), "max_epochs": 1}
+    writer = trainer_of(tmp_path, Static(density=0.3), **whole)
+    writer.fit(Net(), Batches())
+    writer.save_checkpoint(tmp_path / "whole.ckpt")
+    for name in ("weights.ckpt", "whole.ckpt"):
+        trainer.test(tested := Net(), Batches(), ckpt_path=tmp_path / name, verbose=False)
+        expected = load_compressed(tmp_path / name)
+        assert all(torch.equal(tested.state_dict()[key], expected[key]) for key in expected)
+    begun = trainer_of(tmp_path, Static(density=0.3), max_epochs=2)
+    begun.fit(Net(), Batches(), ckpt_path=tmp_path / "weights.ckpt")
+    assert begun.global_step == 8
+    assert torch.equal(begun.strategy.masks["net.4.weight"], module.net[4].weight != 0)  # type: ignore[attr-defined]
+    resumed = trainer_of(tmp_path, Static(density=0.3), max_epochs=2)
+    resumed.fit(Net(), Batches(), ckpt_path=tmp_path / "whole.ckpt")
+    assert (resumed.global_step, resumed.current_epoch) == (8, 2)
+    assert torch.equal(flat(resumed), flat(writer))
 
 
 # ------------------------------------------------------------------ metrics and errors
