@@ -5,7 +5,6 @@ Deep Compression (Han et al. 2016) retrains after each step, which keeps the acc
 
 from __future__ import annotations
 
-import pickle
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from squall.conf.main import UserError, report_errors
 
+_GROUPS = ("density", "bits")
+_ZIP = b"PK\x03\x04"  # how a file begins that torch has saved, whatever its name is
 _KEYS = ("source", "target", "decode", "density", "bits", "coder", "gap_bits", "hydra")
 _USAGE = (
     "squall-compress IN.ckpt OUT.safetensors [density.LAYER=0.09] [bits.LAYER=5], or --decode IN.safetensors OUT.ckpt"
@@ -37,49 +38,61 @@ def to_overrides(arguments: Iterable[str]) -> list[str]:
 
     Example:
         >>> to_overrides(["epoch=1.ckpt", "x.safetensors", "density.fc6=0.09"])
-        ["source='epoch=1.ckpt'", "target='x.safetensors'", '+density.fc6=0.09']
+        ["source='epoch=1.ckpt'", "target='x.safetensors'", "density=['fc6=0.09']"]
 
     """
     overrides, paths = [], []
+    settings: dict[str, list[str]] = {group: [] for group in _GROUPS}
     for argument in arguments:
         key = re.split(r"[.=]", argument.lstrip("+~"), maxsplit=1)[0]
         if argument == "--decode":
             overrides.append("decode=true")
         elif argument.startswith("-"):
             overrides.append(argument)
+        elif "=" in argument and key in _GROUPS and argument.startswith(key):
+            settings[key].append(argument.removeprefix(key).removeprefix("."))
         elif "=" in argument and key in _KEYS:
-            overrides.append(f"+{argument}" if argument.startswith(("density.", "bits.")) else argument)
+            overrides.append(argument)
         else:
             paths.append(argument)
     if len(paths) > 2:
         raise UserError(f"{paths[2]!r} is neither a setting nor one of two paths: {_USAGE}")
     names = zip(("source", "target"), paths, strict=False)
-    return [f"{name}='{_escape(path)}'" for name, path in names] + overrides
+    for group, values in settings.items():
+        if values:  # a list, as Hydra would take the dots in names for a tree, in which net.fc1 replaces net
+            overrides.append(f"{group}=[{','.join(_quote(value) for value in values)}]")
+    return [f"{name}={_quote(path)}" for name, path in names] + overrides
 
 
-def _escape(text: str) -> str:
-    return text.replace("'", r"\'")
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", r"\'") + "'"
 
 
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Undo what dots in a layer's name have made of it.
+def read_settings(node: Any) -> dict[str, Any]:
+    """Say which value each name has.
 
     Args:
-        node: Settings, nested by the parts of names.
-        prefix: Of all of them.
+        node: A list of ``name=value``; or of ``=value``, for all layers. None if there is none.
 
     Returns:
-        Settings by whole names.
+        Values by whole names, that of all layers by an empty one. What is no number is left as it is.
 
     Example:
-        >>> flatten({"features": {"0": 0.5}, "fc6": 0.09})
-        {'features.0': 0.5, 'fc6': 0.09}
+        >>> read_settings(["=0.5", "features.0=0.1", "fc6=much"])
+        {'': 0.5, 'features.0': 0.1, 'fc6': 'much'}
 
     """
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+    pairs = [str(entry).rpartition("=") for entry in node or ()]
+    return {name: _number(value) for name, _, value in pairs}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def find_layers(layers: Iterable[str], group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +101,8 @@ def find_layers(layers: Iterable[str], group: str, settings: Mapping[str, Any]) 
     Args:
         layers: Names of layers.
         group: What is set, for messages.
-        settings: Values by names, or by how names begin: "conv" is conv1 and model.conv2, "fc1" isn't fc10.
+        settings: Values by names, or by how names begin: "conv" is conv1 and model.conv2, "fc1" isn't fc10; "" is
+            every layer.
 
     Returns:
         The value of each layer that has one; where several names fit, that of the one that reaches furthest, and of
@@ -132,12 +146,15 @@ def shrink(state_dict: Mapping[str, Any], density: Mapping[str, Any], bits: Mapp
         UserError: If a name fits no layer, or a layer can't be pruned or shared so.
 
     """
+    from torch import Tensor
+
     from squall.sparsity import magnitude_mask, share_weights
     from squall.sparsity.coding.tensors import memory_of
     from squall.sparsity.layers import layer_name
 
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, Tensor) and value.numel()}
     names = {
-        layer_name(name): name for name, tensor in state_dict.items() if tensor.dim() > 1 and tensor.is_floating_point()
+        layer_name(name): name for name, tensor in tensors.items() if tensor.dim() > 1 and tensor.is_floating_point()
     }
     densities, widths = find_layers(names, "density", density), find_layers(names, "bits", bits)
     changed = {}
@@ -153,11 +170,12 @@ def shrink(state_dict: Mapping[str, Any], density: Mapping[str, Any], bits: Mapp
         except ValueError as error:
             raise UserError(f"{layer}: {error}") from None
         changed[memory_of(tensor)] = weight
-    return {name: changed.get(memory_of(tensor), tensor) for name, tensor in state_dict.items()}
+    new = {name: changed.get(memory_of(tensor), tensor) for name, tensor in tensors.items()}
+    return {name: new.get(name, value) for name, value in state_dict.items()}
 
 
 def _checked(value: Any, name: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int if name == "bits" else int | float):
+    if not isinstance(value, int if name == "bits" else int | float):
         raise ValueError(f"{name}={value} must be a {'whole ' * (name == 'bits')}number.")
     return value
 
@@ -166,7 +184,7 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     """Read the weights of a checkpoint, without running any code that may be in it.
 
     Args:
-        path: A Lightning checkpoint, a state_dict that torch has saved, or a compressed file.
+        path: A Lightning checkpoint, a state_dict that torch or safetensors has saved, or a compressed file, of either.
 
     Returns:
         The state_dict.
@@ -176,21 +194,41 @@ def read_state_dict(path: Path) -> dict[str, Any]:
 
     """
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     from squall.sparsity import load_compressed
+    from squall.sparsity.coding import is_compressed
 
-    if path.suffix == ".safetensors":
+    if is_compressed(path):
         return load_compressed(path)  # to be pruned further, or coded otherwise
+    if path.suffix == ".safetensors" and not _is_zip(path):
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, KeyError) as error:  # a data type that torch has not
+            raise UserError(f"{path}: it is no whole safetensors file ({error}).") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} can't be read as weights alone: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # what torch says to a damaged file may be anything
+        words = str(error).strip().splitlines() or ["it is empty, or cut off"]
+        raise UserError(f"{path} can't be read as weights alone: {type(error).__name__}: {words[0]}") from None
     state_dict = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state_dict, Mapping) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in state_dict.values()
-    ):
+    if not isinstance(state_dict, Mapping) or not all(map(_is_entry, state_dict.items())):
         raise UserError(f"{path} is neither a Lightning checkpoint nor a state_dict.")
     return dict(state_dict)
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    """Whether a name and a value are of a state_dict: a tensor, or what a module says by ``get_extra_state``."""
+    from torch import Tensor
+
+    name, value = entry
+    return isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
 
 
 def run(cfg: DictConfig) -> None:
@@ -210,11 +248,14 @@ def run(cfg: DictConfig) -> None:
         raise UserError(f"{source}: there is no such file.")
     if not target.absolute().parent.is_dir():
         raise UserError(f"{target}: there is no such folder.")
-    if cfg.decode:
-        decode(source, target)
-    else:
-        settings = [flatten(OmegaConf.to_container(cfg[group])) for group in ("density", "bits")]  # type: ignore[arg-type]
+    if not cfg.decode:
+        settings = [read_settings(cfg[group]) for group in _GROUPS]
         compress(source, target, *settings, coder=cfg.coder, gap_bits=cfg.gap_bits)
+        return
+    given = [name for name in (*_GROUPS, "gap_bits") if cfg[name] is not None] + ["coder"] * (cfg.coder != "ans")
+    if given:
+        raise UserError(f"--decode changes nothing in a file: leave {', '.join(given)} out.")
+    decode(source, target)
 
 
 def compress(source: Path, target: Path, density: Mapping[str, Any], bits: Mapping[str, Any], **options: Any) -> None:
@@ -244,7 +285,8 @@ def decode(source: Path, target: Path) -> None:
 
     Args:
         source: The file.
-        target: The checkpoint: Lightning's, to validate and test, if it is a ``.ckpt``, or else a state_dict.
+        target: If it is a ``.ckpt``, Lightning's checkpoint: the whole one, if the file is one, or else one to validate
+            and test. If it is anything else, a state_dict.
 
     """
     import torch
@@ -252,11 +294,18 @@ def decode(source: Path, target: Path) -> None:
     from rich.console import Console
 
     from squall.sparsity import load_compressed
+    from squall.sparsity.coding.state import read_any
 
-    state_dict = load_compressed(source)
-    lightning = {"state_dict": state_dict, "pytorch-lightning_version": __version__}
-    torch.save(lightning if target.suffix == ".ckpt" else state_dict, target)
-    Console().print(f"{len(state_dict)} tensors are in {target}", highlight=False)
+    content: dict[str, Any]
+    if target.suffix == ".ckpt":
+        whole, content = read_any(source)
+        what = "a whole checkpoint is" if whole else f"{len(content)} tensors are"
+        content = content if whole else {"state_dict": content, "pytorch-lightning_version": __version__}
+    else:
+        content = load_compressed(source)
+        what = f"{len(content)} tensors are"
+    torch.save(content, target)
+    Console().print(f"{what} in {target}", highlight=False)
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="compress")

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from squall.conf import compress
 from squall.models import ImageClassifier, LeNet300
-from squall.sparsity import load_compressed, save_compressed
+from squall.sparsity import CompressedCheckpointIO, load_compressed, save_compressed
 from tests.sparsity.tensors import same
 
 
@@ -95,6 +96,53 @@ def test_lightning_checkpoints(call, tmp_path):
     assert all(same(module.state_dict()[name], loaded[name]) for name in loaded)
 
 
+def test_the_more_specific_name_wins_in_any_order(call, tmp_path):
+    names = ("net.fc1", "net.fc2", "head.0.1", "e")
+    state_dict = {f"{name}.weight": torch.randn(20, 20) for name in names}
+    torch.save({**state_dict, "none.weight": torch.zeros(0, 5), "no": torch.zeros(0)}, tmp_path / "dense.pt")
+    arguments = ["density.net=0.5", "density.net.fc1=0.1", "density=0.2", "density.head.0.1=1", "bits=3"]
+    for order in (arguments, arguments[::-1]):
+        code, error, _ = call("dense.pt", "out.safetensors", *order)
+        assert code == 0, error
+        loaded = load_compressed(tmp_path / "out.safetensors")
+        assert [int(loaded[f"{name}.weight"].count_nonzero()) for name in names] == [40, 200, 400, 80]
+        assert all(len(loaded[f"{name}.weight"].unique()) <= 9 for name in names)
+        assert loaded["none.weight"].shape == (0, 5)
+        assert loaded["no"].shape == (0,)
+
+
+def test_a_whole_checkpoint_is_decoded_whole_and_compressed_again(call, tmp_path):
+    state_dict = {"fc.weight": torch.randn(20, 20), "fc.bias": torch.zeros(20)}
+    checkpoint = {"state_dict": state_dict, "epoch": 3, "loops": {"fit": [1, (2, None)]}}
+    CompressedCheckpointIO().save_checkpoint(checkpoint, tmp_path / "whole.safetensors")
+    code, _, output = call("--decode", "whole.safetensors", "back.ckpt")
+    assert code == 0
+    assert "a whole checkpoint is in back.ckpt" in output
+    back = torch.load(tmp_path / "back.ckpt", weights_only=True)
+    assert list(back) == list(checkpoint)
+    assert back["loops"] == checkpoint["loops"]
+    assert same(back["state_dict"]["fc.weight"], state_dict["fc.weight"])
+    assert call("--decode", "whole.safetensors", "back.pt")[0] == 0
+    assert list(torch.load(tmp_path / "back.pt", weights_only=True)) == list(state_dict)
+    assert call("whole.safetensors", "out.safetensors", "density.fc=0.1")[0] == 0
+    loaded = load_compressed(tmp_path / "out.safetensors")
+    assert list(loaded) == list(state_dict)
+    assert int(loaded["fc.weight"].count_nonzero()) == 40
+
+
+def test_extra_state_and_plain_safetensors(call, tmp_path):
+    weight = torch.randn(20, 20)
+    torch.save({"m.weight": weight, "m._extra_state": {"a": [1, torch.ones(2)]}}, tmp_path / "extra.pt")
+    assert call("extra.pt", "out.safetensors", "density.m=0.1")[0] == 0
+    loaded = load_compressed(tmp_path / "out.safetensors")
+    assert loaded["m._extra_state"]["a"][0] == 1
+    assert call("--decode", "out.safetensors", "back.ckpt")[0] == 0
+    assert list(torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]) == ["m.weight", "m._extra_state"]
+    save_file({"m.weight": weight}, tmp_path / "plain.safetensors")
+    assert call("plain.safetensors", "out.safetensors", "density.m=0.1")[0] == 0
+    assert int(load_compressed(tmp_path / "out.safetensors")["m.weight"].count_nonzero()) == 40
+
+
 def test_tied_weights_stay_tied(call, tmp_path):
     weight = torch.randn(50, 40)
     torch.save({"a.weight": weight, "b.weight": weight, "c.weight": torch.randn(9, 9)}, tmp_path / "dense.pt")
@@ -120,9 +168,16 @@ def test_tied_weights_stay_tied(call, tmp_path):
         (("dense.pt", "x", "density.fc3=much"), "fc3: density=much must be a number"),
         (("dense.pt", "x", "bits.fc3=0"), "fc3: bits=0 must be from 1 to 16"),
         (("dense.pt", "x", "bits.fc3=4.5"), "fc3: bits=4.5 must be a whole number"),
-        (("dense.pt", "x", "bits.fc3=true"), "fc3: bits=True must be a whole number"),
+        (("dense.pt", "x", "bits.fc3=true"), "fc3: bits=true must be a whole number"),
         (("dense.pt", "x", "density.fc3=0.1", "bits.fc3=8"), "fc3: bits=8 makes 256 centroids of 100 weights"),
         (("dense.pt", "x", "coder=zip"), "coder='zip' must be one of ans, huffman"),
+        (("dense.pt", "x", "gap_bits=x"), "gap_bits=x must be a whole number from 1 to 12"),
+        (("dense.pt", "x", "density=2"), "fc1: density=2 must be above 0"),
+        (("empty.pt", "x"), "empty.pt can't be read as weights alone"),
+        (("empty.safetensors", "x"), "empty.safetensors: it is no whole safetensors file"),
+        (("legacy.pt", "x"), "legacy.pt can't be read as weights alone"),
+        (("--decode", "cut.safetensors", "x", "density.fc1=0.5"), "--decode changes nothing in a file: leave density"),
+        (("--decode", "cut.safetensors", "x", "coder=huffman", "bits=5"), "leave bits, coder out"),
         (("text.pt", "x"), "text.pt can't be read as weights alone"),
         (("list.pt", "x"), "list.pt is neither a Lightning checkpoint nor a state_dict"),
         (("code.pt", "x"), "code.pt can't be read as weights alone"),
@@ -133,6 +188,10 @@ def test_tied_weights_stay_tied(call, tmp_path):
 )
 def test_what_is_wrong_is_one_clear_message(call, dense, tmp_path, arguments, words):
     (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "empty.safetensors").touch()
+    torch.save(dense, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "legacy.pt").write_bytes((tmp_path / "legacy.pt").read_bytes()[:-3])
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"a": print}, tmp_path / "code.pt")
     save_compressed(dense, tmp_path / "cut.safetensors")
