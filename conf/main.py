@@ -86,6 +86,33 @@ def choose_optimizer(cfg: DictConfig) -> None:
         cfg.model.lr = 0.01 if cfg.model.optimizer == "adagrad" else 0.03
 
 
+def add_compressed(cfg: DictConfig) -> None:
+    """Have the Trainer read a compressed file, in place, if ``ckpt_path`` is one and nothing else reads it.
+
+    Args:
+        cfg: The composed tree.
+
+    Raises:
+        UserError: If it is to be trained on under a Strategy that doesn't read it.
+
+    """
+    from squall.sparsity.coding import is_compressed
+
+    sparse = str(cfg.strategy.get("_target_", "")).endswith(".SparseStrategy")
+    if cfg.trainer.get("plugins") is not None or sparse or cfg.ckpt_path is None:
+        return
+    if not Path(cfg.ckpt_path).is_file() or not is_compressed(cfg.ckpt_path):
+        return
+    if cfg.mode == "fit":
+        raise UserError(
+            f"ckpt_path={cfg.ckpt_path} is a compressed file. To go on from a whole checkpoint, add"
+            " trainer/plugins=compressed; to begin with its weights, take a sparse strategy, or write a checkpoint by"
+            " squall-compress --decode."
+        )
+    with open_dict(cfg):
+        cfg.trainer.plugins = {"_target_": "squall.sparsity.CompressedCheckpointIO"}
+
+
 def instantiate_all(node: DictConfig | None) -> list[Any]:
     """Make every object of a group whose file names several; an entry that is null is left out.
 
@@ -130,6 +157,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         datamodule = _make_datamodule(cfg.data)
         fill_from_data(cfg.model, datamodule)
         choose_optimizer(cfg)
+    add_compressed(cfg)
     module = hydra.utils.instantiate(cfg.model)
     trainer = hydra.utils.instantiate(
         cfg.trainer,

@@ -7,6 +7,8 @@ import pytest
 
 from squall.conf import bench
 from squall.conf import main as command
+from squall.sparsity import load_compressed, save_compressed
+from squall.sparsity.coding import is_compressed
 from tests.conf import programs
 
 SMALL = ["model=lenet300", "model.model.width=0.1", "trainer.max_epochs=1", "+trainer.limit_train_batches=8"]
@@ -131,4 +133,28 @@ def test_a_checkpoint_is_resumed_and_tested(call, tmp_path):
     assert "test accuracy" in output
     more = [*alone, "trainer.max_epochs=2", f"ckpt_path={last}", "hydra.run.dir=second"]
     assert call(command.main, *more)[0] == 0
+    assert json.loads((tmp_path / "second" / "summary.json").read_text())["summary"]["epochs"] == 2
+
+
+def test_compressed_files_are_written_resumed_tested_and_begun_with(call, tmp_path):
+    alone = [*SMALL, "callbacks.progress=null", "callbacks.learning_rate=null", "logger=none"]
+    assert call(command.main, "strategy=single", *alone, "hydra.run.dir=first", "trainer/plugins=compressed")[0] == 0
+    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    assert is_compressed(last)
+    weights = tmp_path / "weights.safetensors"
+    save_compressed(load_compressed(last), weights)
+    accuracies = []
+    for number, (path, strategy) in enumerate([(last, "single"), (weights, "single"), (weights, "deep_compression")]):
+        where = [f"ckpt_path={path}", f"strategy={strategy}", f"hydra.run.dir=tested{number}"]
+        code, error, _ = call(command.main, *alone, "mode=test", *where)
+        assert code == 0, error
+        summary = json.loads((tmp_path / f"tested{number}" / "summary.json").read_text())["summary"]
+        accuracies.append(summary["test_accuracy"])
+    assert len(set(accuracies)) == 1
+    code, error, _ = call(command.main, "strategy=single", *alone, f"ckpt_path={weights}")
+    assert code == 1
+    assert "weights.safetensors is a compressed file" in error
+    assert call(command.main, "strategy=sparse_momentum", *alone, f"ckpt_path={weights}")[0] == 0
+    more = ["trainer.max_epochs=2", f"ckpt_path={last}", "hydra.run.dir=second", "trainer/plugins=compressed"]
+    assert call(command.main, "strategy=single", *alone, *more)[0] == 0
     assert json.loads((tmp_path / "second" / "summary.json").read_text())["summary"]["epochs"] == 2
