@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from typing import Any
 
 import torch
@@ -57,9 +58,11 @@ def sparse_linear(
     """Compute ``x @ weight.T + bias`` of a packed matrix; ``x`` is ``(batch, inputs)``."""
     packed = PackedWeight(columns, codes, values, rows, starts, tiles, num_rows, num_columns, row_block, num_live)
     if not _is_native(packed, x):
-        from .triton_path import serves, triton_forward
+        if x.is_cuda and len(x) == 1 and x.dtype == torch.float32 and importlib.util.find_spec("triton"):
+            from .triton_path import triton_forward
 
-        return triton_forward(x, packed, bias, relu) if serves(x) else torch_forward(x, packed, bias, relu)
+            return triton_forward(x, packed, bias, relu)
+        return torch_forward(x, packed, bias, relu)
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     batch, num_threads = len(x), torch.get_num_threads()
@@ -147,9 +150,10 @@ def sparse_linear_live(
 ) -> Tensor:
     """As ``squall::sparse_linear``, of weights in the order of their positions, which get gradients."""
     values = _in_slots(live, slots, columns)
-    return sparse_linear(
+    y: Tensor = sparse_linear(
         x, columns, None, values, rows, starts, tiles, num_rows, num_columns, row_block, len(live), bias, relu
     )
+    return y
 
 
 def _in_slots(live: Tensor, slots: Tensor, columns: Tensor) -> Tensor:
