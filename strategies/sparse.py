@@ -34,6 +34,7 @@ from .sparsity import (
 )
 from .sparsity.coding import is_compressed
 from .sparsity.compressing import CompressingTraining
+from .sparsity.computing import SparseComputation
 from .sparsity.layers import plain_name
 from .sparsity.table import layer_table
 
@@ -50,12 +51,17 @@ class SparseStrategy(Strategy):
     made of three functions (:class:`~squall.sparsity.DynamicSparsity`). Layers of one optimizer trade weights among
     themselves. :class:`~squall.sparsity.DeepCompression` begins with all weights, and ends with a small file.
 
-    Computation is dense: what this saves is weights.
+    Computation is dense unless ``compute="sparse"``: what this saves is weights. Then linear layers and two-dimensional
+    convolutions of few weights run the kernels that compute with these alone, forward and backward, in single precision
+    on a CPU; elsewhere, and in steps whose dense gradient the algorithm reads, they stay dense. RigL reads it in one
+    step of ``update_every``, sparse momentum in each, or one of ``dense_every``. Results are those of dense computation
+    but for rounding.
 
     Args:
         sparsity: The algorithm; None for sparse momentum with 5 % of the weights.
         inner: "single" runs in this process on one device, "ddp" is data parallelism. Ranks have equal masks: the
             first one's.
+        compute: "dense", or "sparse".
         **options: Passed on to Lightning's ``SingleDeviceStrategy`` or ``DDPStrategy``.
 
     Raises:
@@ -102,9 +108,15 @@ class SparseStrategy(Strategy):
         return super().__new__(cls)
 
     def __init__(
-        self, sparsity: SparseAlgorithm | None = None, inner: Literal["single", "ddp"] = "single", **options: Any
+        self,
+        sparsity: SparseAlgorithm | None = None,
+        inner: Literal["single", "ddp"] = "single",
+        compute: Literal["dense", "sparse"] = "dense",
+        **options: Any,
     ) -> None:
         super().__init__(**options)
+        if compute not in ("dense", "sparse"):
+            raise MisconfigurationException(f"compute={compute!r} must be 'dense' or 'sparse'.")
         sparsity = SparseMomentum() if sparsity is None else sparsity
         if not isinstance(sparsity, SparseAlgorithm):
             raise MisconfigurationException(
@@ -112,6 +124,8 @@ class SparseStrategy(Strategy):
             )
         self.sparsity = sparsity
         self.inner = inner
+        self.compute = compute
+        self._computation: SparseComputation | None = None
         self._training: MaskedTraining | None = None
         self._loaded: Mapping[str, Any] | None = None  # a checkpoint's state, until fit begins
         self._fitting = False
@@ -159,6 +173,10 @@ class SparseStrategy(Strategy):
             self._training.reset()
         self._take_loaded()
         self._training.attach(self.optimizers)
+        if self.compute == "sparse":
+            training = self._training
+            self._computation = SparseComputation(self.lightning_module, lambda: training.masks, training.wants_dense)
+            self._computation.install(training.parameters)
         self._fitting = True
 
     @property
@@ -321,6 +339,9 @@ class SparseStrategy(Strategy):
         """Leave the optimizers alone; the masks stay, for a fit that goes on."""
         if self._training is not None:
             self._training.detach()
+        if self._computation is not None:
+            self._computation.remove()
+            self._computation = None
         self._fitting = False
         super().teardown()
 

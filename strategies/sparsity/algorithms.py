@@ -65,6 +65,8 @@ class SparseAlgorithm(ABC):
 
     reads: frozenset[str] = frozenset()
     """What the algorithm reads of dead weights: "momentum", "gradient"."""
+    dense_every: int = 1
+    """An algorithm that reads the momentum gets the gradients of dead weights in every so many steps."""
     needs_progress: bool = False
     """Whether it has to know how much of the training is done."""
     starts_from_weights: bool = False
@@ -298,6 +300,8 @@ class SparseMomentum(DynamicSparsity):
         init: Density of each layer at first: "uniform" (the authors'), or "erk".
         dense: Names or patterns of layers to leave whole; one that matches nothing is an error.
         seed: Of the first masks; None for that of the first rank's generator.
+        dense_every: Gradients of dead weights are computed in every so many steps; 1 as published. In the others the
+            momentum of dead weights decays, and ``SparseStrategy(compute="sparse")`` has no dense pass to make.
 
     Raises:
         ValueError: An argument is out of range, or names nothing.
@@ -319,7 +323,11 @@ class SparseMomentum(DynamicSparsity):
         init: str = "uniform",
         dense: Sequence[str] | None = (),
         seed: int | None = None,
+        dense_every: int = 1,
     ) -> None:
+        if isinstance(dense_every, bool) or not isinstance(dense_every, int) or dense_every < 1:
+            raise ValueError(f"dense_every={dense_every!r} must be a number of steps, 1 or more.")
+        self.dense_every = dense_every
         super().__init__(
             density, "magnitude", "momentum", "momentum", prune_rate, prune_rate_end, schedule, update_every, stop,
             init, dense, seed,

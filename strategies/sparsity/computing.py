@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,6 +30,26 @@ class _Live:
     mask: Tensor
     positions: Tensor
     packed: tuple[PackedWeight, LivePositions] | None
+
+
+class _Forward:
+    """In place of a layer's ``forward``; a copy of the layer, or a pickled one, has its own again."""
+
+    def __init__(self, layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        self._layer, self._function = layer, function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _own_forward(memo.get(id(self._layer), self._layer))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _own_forward, (self._layer,)
+
+
+def _own_forward(layer: nn.Module) -> MethodType:
+    return MethodType(type(layer).forward, layer)
 
 
 class SparseComputation:
@@ -59,14 +80,14 @@ class SparseComputation:
 
         """
         for layer in self._module.modules():
-            if type(layer) not in _DENSEST or "forward" in vars(layer):
+            if type(layer) not in _DENSEST or isinstance(vars(layer).get("forward"), _Forward):
                 continue
             if isinstance(layer, nn.Conv2d) and not _is_plain(layer):
                 continue
             for name, parameter in names.items():
                 if vars(layer)["_parameters"].get("weight") is parameter:
                     self._layers[name] = layer
-                    layer.forward = self._forward_of(name, layer)  # type: ignore[method-assign]
+                    layer.forward = _Forward(layer, self._forward_of(name, layer))
         return list(self._layers)
 
     def remove(self) -> None:

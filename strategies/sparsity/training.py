@@ -189,10 +189,25 @@ class MaskedTraining:
                     self._cut(name, parameter.grad, keep)
 
     def _reads_gradients(self, index: int) -> bool:
-        reads = self.algorithm.reads
-        return "momentum" in reads or (
-            "gradient" in reads and self.algorithm.is_due(self.num_steps[index] + 1, False, self._progress())
+        reads, step = self.algorithm.reads, self.num_steps[index] + 1
+        return ("momentum" in reads and step % self.algorithm.dense_every == 0) or (
+            "gradient" in reads and self.algorithm.is_due(step, False, self._progress())
         )
+
+    def wants_dense(self, name: str) -> bool:
+        """Tell whether the gradient of dead weights will be read in the step that is being made.
+
+        Args:
+            name: Of a parameter.
+
+        """
+        held = (
+            index
+            for index, optimizer in enumerate(self._optimizers)
+            if any(name == of_one for of_one, _, _ in self._layers_of(optimizer))
+        )
+        index = next(held, None)
+        return index is None or self._reads_gradients(index)
 
     def _before_gradient(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
         def before_gradient(more: Tensor) -> None:
