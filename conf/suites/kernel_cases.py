@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -256,37 +254,3 @@ def sparse_step(density: float, batch: int) -> Iterator[Ways]:
         yield Ways({"stock": steps[0]}, steps[1], {"bf16": steps[2]})
     finally:
         computation.remove()
-
-
-@contextmanager
-def from_file() -> Iterator[Ways]:
-    """AlexNet at the paper's densities: from the file on the disk to the first answer."""
-    import torch
-
-    from squall.conf.suites.compression import make_state_dict
-    from squall.models import AlexNet
-    from squall.sparsity import load_inference, save_compressed
-
-    state_dict, x = make_state_dict("alexnet_2012"), torch.randn(1, 3, 224, 224)
-    with tempfile.TemporaryDirectory() as folder:
-        dense, compressed = Path(folder) / "dense.ckpt", Path(folder) / "compressed.safetensors"
-        torch.save(state_dict, dense)
-        save_compressed(state_dict, compressed)
-        del state_dict
-
-        def make() -> nn.Module:
-            with torch.device("meta"):
-                return AlexNet().eval()
-
-        def from_dense() -> Tensor:
-            net = make()
-            net.load_state_dict(torch.load(dense, weights_only=True), assign=True)
-            answer: Tensor = net(x)
-            return answer
-
-        def from_compressed() -> Tensor:
-            answer: Tensor = load_inference(make(), compressed)(x)
-            return answer
-
-        with torch.inference_mode():
-            yield Ways({"stock": from_dense}, from_compressed)

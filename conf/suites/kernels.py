@@ -31,7 +31,6 @@ CASES: dict[str, Any] = {
     "VGG-16 at 5 %, batch 1": partial(kernel_cases.network, "VGG16", 0.05, 1, "conv1_1."),
     "VGG-16 at 5 %, batch 8": partial(kernel_cases.network, "VGG16", 0.05, 8, "conv1_1."),
     "VGG-D at 5 %, a training step of 64 images": partial(kernel_cases.sparse_step, 0.05, 64),
-    "AlexNet, from the file to the first answer": kernel_cases.from_file,
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,16 @@ import psutil
 import pytest
 import torch
 
-from squall.conf.suites import compression, deep_compression, shards, sparse_training, staleness, stragglers, wires
+from squall.conf.suites import (
+    compression,
+    deep_compression,
+    kernels,
+    shards,
+    sparse_training,
+    staleness,
+    stragglers,
+    wires,
+)
 from squall.conf.suites.columns import _ratio, measure
 from squall.conf.suites.links import shaped_pair, why_not
 
@@ -288,3 +299,33 @@ def test_sparse_training_suite_compares_with_dense_and_resumes(tmp_path: Path) -
     assert len(times & {json.dumps(cell) for cell in result.extra["cells"]}) == 6
     errors = [[cell["error"] for cell in run.extra["cells"]] for run in (result, again)]
     assert errors[0] == errors[1], "a cell is what its seed says"
+
+
+def test_kernels_suite_compares_ways_and_says_what_falls_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @contextmanager
+    def case() -> Iterator[kernels.Ways]:
+        x = torch.ones(200, 200)
+        yield kernels.Ways({"a": lambda: x @ x @ x, "b": lambda: x @ x}, lambda: x + 1, {"bf16": lambda: x}, repeats=3)
+
+    monkeypatch.setattr(kernels, "CASES", {"one": case, "two": case})
+    result = kernels.measure(["o"], {"one": 1e6}, num_rounds=3, num_threads=[1, 2])
+    assert [(row["work"], row["threads"]) for row in result.rows] == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]
+    assert result.rows[0]["ratio"] > 1
+    assert result.rows[0]["against 1 thread"] is None
+    assert result.rows[2]["against 1 thread"] > 0
+    assert len(result.failures) == 1
+    assert "one: " in result.failures[0]
+    assert "not 1000000.0" in result.failures[0]
+    assert result.figure is not None
+    result.figure.savefig(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="there is no 'three'"):
+        kernels.measure(["three"], {}, 1, [1])
+
+
+@pytest.mark.parametrize("name", kernels.CASES)
+def test_every_kernel_case_has_ways_of_one_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name.startswith(("AlexNet", "VGG")):
+        pytest.skip("takes gigabytes, and what it compares is tested by itself")
+    with kernels.CASES[name]() as ways:
+        results = [work() for work in (*ways.dense.values(), ways.ours)]
+        assert all(result is None or result.shape == results[0].shape for result in results)
