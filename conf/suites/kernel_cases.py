@@ -208,7 +208,8 @@ def to_half(module: nn.Module) -> nn.Module:
     """A copy in bfloat16."""
     import copy
 
-    return copy.deepcopy(module).bfloat16()
+    half: nn.Module = copy.deepcopy(module).bfloat16()
+    return half
 
 
 def to_last(module: nn.Module) -> nn.Module:
@@ -217,7 +218,10 @@ def to_last(module: nn.Module) -> nn.Module:
 
     import torch
 
-    return copy.deepcopy(module).to(memory_format=torch.channels_last)
+    last: Any = copy.deepcopy(module)
+    last.to(memory_format=torch.channels_last)
+    result: nn.Module = last
+    return result
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def padding_of(layer: nn.Conv2d) -> tuple[int, int]:
     if layer.padding_mode != "zeros":
         raise ValueError(f"padding_mode={layer.padding_mode!r} isn't 'zeros'")
     if isinstance(layer.padding, tuple):
-        return layer.padding
+        return layer.padding[0], layer.padding[1]
     if layer.padding == "valid":
         return 0, 0
     whole = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]

@@ -65,7 +65,7 @@ def _max_pool2d(
     x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> Tensor:
     if x.dtype != torch.float32 or not native.serves(x) or not x.is_contiguous() or not x.numel():
-        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode).clone()
+        return _torch(x, kernel_size, stride, padding, dilation, ceil_mode).clone()
     y = torch.empty(_shape(x, kernel_size, stride, padding, dilation, ceil_mode))
     height, width = x.shape[-2:]
     num_scratch = padding[1] + max(width, (y.shape[-1] - 1) * stride[1] + dilation[1] * (kernel_size[1] - 1) + 1) + 16
@@ -80,16 +80,19 @@ def _max_pool2d(
 
 def _shape(x: Tensor, *arguments: Any) -> torch.Size:
     """Torch's own word on the output's shape, and on arguments that don't fit."""
+    return _torch(torch.empty(x.shape, device="meta"), *arguments).shape
+
+
+def _torch(x: Tensor, *arguments: Any) -> Tensor:
     *pairs, ceil_mode = arguments
-    result: Tensor = F.max_pool2d(torch.empty(x.shape, device="meta"), *pairs, ceil_mode)
-    return result.shape
+    function: Any = F.max_pool2d  # whose overloads a list of arguments fits none of
+    result: Tensor = function(x, *pairs, ceil_mode)
+    return result
 
 
 @_max_pool2d.register_fake
 def _(x: Tensor, *arguments: Any) -> Tensor:
-    *pairs, ceil_mode = arguments
-    result: Tensor = F.max_pool2d(x, *pairs, ceil_mode)
-    return torch.empty_like(result)
+    return torch.empty_like(_torch(x, *arguments))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -99,10 +102,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (x,) = ctx.saved_tensors
-    *pairs, ceil_mode = ctx.arguments
     with torch.enable_grad():
         again = x.detach().requires_grad_()
-        y = F.max_pool2d(again, *pairs, ceil_mode)
+        y = _torch(again, *ctx.arguments)
     return torch.autograd.grad(y, again, grad)[0], *[None] * 5
 
 

@@ -82,7 +82,8 @@ def _parts(x: Tensor, packing: Packing, like: Tensor | None = None) -> tuple[Ten
     """Cut a batch into parts of which what is packed stays in the cache until it is read."""
     num_samples, num_channels = (x if like is None else like).shape[:2]
     num_blocks = max(1, _PART // (num_channels * packing.channel_size))
-    return x.split(min(num_samples, num_blocks * packing.lanes))
+    parts: tuple[Tensor, ...] = x.split(min(num_samples, num_blocks * packing.lanes))
+    return parts
 
 
 def weight_gradient(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .plan import Sizes
 
@@ -32,15 +32,11 @@ def input_gradient(grad: Tensor, values: Tensor, positions: Tensor, sizes: Sizes
     """Compute the gradient by the input."""
     weight = dense_weight(values, positions, sizes.weight)
     shape = (sizes.samples, sizes.channels, sizes.height, sizes.width)
-    result: Tensor = torch.nn.grad.conv2d_input(
-        shape, weight, grad, sizes.stride, sizes.padding, sizes.dilation, sizes.groups
-    )
+    result: Tensor = conv2d_input(shape, weight, grad, sizes.stride, sizes.padding, sizes.dilation, sizes.groups)
     return result
 
 
 def weight_gradient(x: Tensor, grad: Tensor, positions: Tensor, sizes: Sizes) -> Tensor:
     """Compute the gradients of the live weights, in the order of positions."""
-    dense: Tensor = torch.nn.grad.conv2d_weight(
-        x, sizes.weight, grad, sizes.stride, sizes.padding, sizes.dilation, sizes.groups
-    )
+    dense: Tensor = conv2d_weight(x, sizes.weight, grad, sizes.stride, sizes.padding, sizes.dilation, sizes.groups)
     return dense.reshape(-1)[positions]
