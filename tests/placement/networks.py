@@ -45,7 +45,7 @@ class ConcatNet(nn.Module):
         self.last = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = local_response_norm(F.relu(self.stem(x)), 3, 0.1, 0.75, 1.0)
+        x = local_response_norm(self.stem(x), 3, 0.1, 0.75, 1.0, relu=True)
         x = torch.cat([x, self.block(x)], dim=1)
         x = self.prelu(self.depthwise(self.grow(x)))
         x = F.channel_shuffle(x, 2)

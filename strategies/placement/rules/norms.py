@@ -151,7 +151,9 @@ def _windows(held: Partition, size: int, groups: int) -> Partition:
     return Partition(held.size, tuple(reach(ranges) for ranges in held.ranges))
 
 
-def _response_norm(value: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Any:
+def _response_norm(
+    value: Tensor, size: int, alpha: float, beta: float, k: float, groups: int, relu: bool = False
+) -> Any:
     spec = spec_of(value)
     if spec is None or spec.dim != 1 or spec.partition.size % groups:
         return NotImplemented
@@ -160,7 +162,7 @@ def _response_norm(value: Tensor, size: int, alpha: float, beta: float, k: float
     if spec.partition.divide(width) is not None:  # whole groups everywhere: no window reaches across a cut
         local_groups = sum(stop - start for start, stop in held) // width
         plain = value.as_subclass(Tensor)  # what an autograd function saves must not be taken for a split tensor
-        result = local_response_norm(plain, size, alpha, beta, k, local_groups) if local_groups else value.clone()
+        result = local_response_norm(plain, size, alpha, beta, k, local_groups, relu) if local_groups else value.clone()
         return wrap(result, spec.moved(1))
     need = _windows(spec.partition, size, groups)
     local = exchange(value, 1, spec.partition, need, spec.columns, "local_response_norm")
@@ -172,7 +174,8 @@ def _response_norm(value: Tensor, size: int, alpha: float, beta: float, k: float
             last = min(edge + (size - 1) // 2, (start // width + 1) * width)
             offset = sum(min(max(first - begin, 0), end - begin) for begin, end in need.ranges[rank])
             window = local.narrow(1, offset, last - first)
-            parts.append(local_response_norm(window, size, alpha, beta, k).narrow(1, start - first, edge - start))
+            normed = local_response_norm(window, size, alpha, beta, k, relu=relu)
+            parts.append(normed.narrow(1, start - first, edge - start))
             start = edge
     return wrap(torch.cat(parts, 1) if parts else value.clone(), spec.moved(1))
 
@@ -190,5 +193,7 @@ def _torch_response_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 def _squall_response_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     named = dict(zip(("x", "size", "alpha", "beta", "k", "groups", "relu"), args, strict=False))
     named.update(kwargs)
-    x = named["x"].relu() if named.get("relu") else named["x"]
-    return _response_norm(x, named["size"], named["alpha"], named["beta"], named["k"], named.get("groups", 1))
+    return _response_norm(
+        named["x"], named["size"], named["alpha"], named["beta"], named["k"], named.get("groups", 1),
+        named.get("relu", False),
+    )  # fmt: skip
