@@ -33,7 +33,6 @@ struct conv {
     const float *values;
     const int32_t *offsets;
     const int64_t *starts;                      /* of a block's and output's weights: (groups, blocks, outputs) + 1 */
-    const int32_t *which;                       /* output of its group that this is: (groups, blocks, outputs) */
     const float *bias;                          /* or NULL */
     float *y;
     float *scratch;
@@ -105,13 +104,13 @@ SQUALL_EXPORT void squall_sparse_conv_pack(const float *x, float *packed, int64_
 }
 
 SQUALL_EXPORT void squall_sparse_conv(const float *packed, const float *values, const int32_t *offsets,
-                                      const int64_t *starts, const int32_t *which, const float *bias, float *y, float *scratch,
+                                      const int64_t *starts, const float *bias, float *y, float *scratch,
                                       int64_t num_scratch, int64_t samples, int64_t lanes, int64_t groups,
                                       int64_t inputs, int64_t outputs, int64_t blocks, int64_t block_size,
                                       int64_t height, int64_t width, int64_t pitch, int64_t tile, int64_t row_tiles, int64_t guard,
                                       int64_t channel_size, int relu, int num_threads)
 {
-    struct conv conv = {.packed = packed, .values = values, .offsets = offsets, .starts = starts, .which = which, .bias = bias, .y = y,
+    struct conv conv = {.packed = packed, .values = values, .offsets = offsets, .starts = starts, .bias = bias, .y = y,
                         .scratch = scratch, .samples = samples, .lanes = lanes, .groups = groups, .inputs = inputs,
                         .outputs = outputs, .blocks = blocks, .block_size = block_size, .height = height,
                         .width = width, .pitch = pitch, .tile = tile, .row_tiles = row_tiles, .guard = guard, .channel_size = channel_size,
@@ -122,13 +121,13 @@ SQUALL_EXPORT void squall_sparse_conv(const float *packed, const float *values, 
 
 /* The weights' gradients, one number a live weight; `grad` is packed like the output, with zeros in the gaps. */
 SQUALL_EXPORT void squall_sparse_conv_weight_grad(const float *packed, const float *grad, const int32_t *offsets,
-                                                  const int64_t *starts, const int32_t *which, float *result, int64_t samples, int64_t lanes,
+                                                  const int64_t *starts, float *result, int64_t samples, int64_t lanes,
                                                   int64_t groups, int64_t inputs, int64_t outputs, int64_t blocks,
                                                   int64_t block_size, int64_t height, int64_t width,
                                                   int64_t pitch, int64_t tile, int64_t row_tiles, int64_t guard, int64_t channel_size,
                                                   int64_t grad_channel_size, int64_t slices, int num_threads)
 {
-    struct conv conv = {.packed = packed, .grad = grad, .offsets = offsets, .starts = starts, .which = which, .result = result,
+    struct conv conv = {.packed = packed, .grad = grad, .offsets = offsets, .starts = starts, .result = result,
                         .samples = samples, .lanes = lanes, .groups = groups, .inputs = inputs, .outputs = outputs,
                         .blocks = blocks, .block_size = block_size, .height = height, .width = width,
                         .pitch = pitch, .tile = tile, .row_tiles = row_tiles, .guard = guard, .channel_size = channel_size, .grad_channel_size = grad_channel_size,

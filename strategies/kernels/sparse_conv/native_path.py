@@ -15,8 +15,8 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _pack_kernel = native.function(
     "squall_sparse_conv_pack", *[_POINTER] * 2, *[_LONG] * 7, _POINTER, *[_LONG] * 7, _INT
 )  # fmt: skip
-_conv_kernel = native.function("squall_sparse_conv", *[_POINTER] * 8, *[_LONG] * 15, *[_INT] * 2)
-_grad_kernel = native.function("squall_sparse_conv_weight_grad", *[_POINTER] * 6, *[_LONG] * 16, _INT)
+_conv_kernel = native.function("squall_sparse_conv", *[_POINTER] * 7, *[_LONG] * 15, *[_INT] * 2)
+_grad_kernel = native.function("squall_sparse_conv_weight_grad", *[_POINTER] * 5, *[_LONG] * 16, _INT)
 
 _PART = 1 << 21  # numbers that are packed at a time
 
@@ -70,7 +70,7 @@ def convolve(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, relu: b
         packed = pack(part, packing, sizes.stride)
         _conv_kernel(
             packed.data_ptr(), values.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(),
-            plan.which.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+            None if bias is None else bias.data_ptr(), out.data_ptr(), scratch.data_ptr(),
             num_scratch, len(part), packing.lanes, sizes.groups, num_inputs, num_outputs // sizes.groups,
             plan.num_blocks, plan.block_size, sizes.out_height, sizes.out_width, packing.pitch, plan.tile,
             plan.row_tiles, packing.guard, packing.channel_size, relu, num_threads,
@@ -104,7 +104,7 @@ def weight_gradient(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
     outputs = sizes.weight[0] // sizes.groups
     _grad_kernel(
         packed.data_ptr(), packed_grad.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(),
-        plan.which.data_ptr(), result.data_ptr(),
+        result.data_ptr(),
         sizes.samples, plan.packing.lanes, sizes.groups, sizes.weight[1], outputs, plan.num_blocks, plan.block_size,
         sizes.out_height, sizes.out_width, plan.packing.pitch, plan.tile, plan.row_tiles, plan.packing.guard,
         plan.packing.channel_size, plan.grad_packing.channel_size, min(outputs, 4 * num_threads), num_threads,

@@ -112,8 +112,7 @@ class Plan:
         row_tiles: Tiles of a row of the output, or 0 if they run on from row to row.
         order: Which of the positions each weight is, in the kernel's order; shape (live weights,).
         offsets: Where in a block's input each reads, int32.
-        starts: Where the weights of each group, block and output begin; outputs with the most weights first.
-        which: Of the group's outputs each of these is, int32.
+        starts: Where the weights of each group, block and output begin.
 
     """
 
@@ -127,7 +126,6 @@ class Plan:
     order: Tensor
     offsets: Tensor
     starts: Tensor
-    which: Tensor
 
 
 @torch.inference_mode(False)
@@ -156,10 +154,9 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
     row = positions // kernel_width % kernel_height
     channel = positions // (kernel_width * kernel_height) % num_inputs
     output = positions // (kernel_width * kernel_height * num_inputs)
-    block = output // outputs * num_blocks + channel // block_size
-    counts = torch.bincount(block * outputs + output % outputs, minlength=sizes.groups * num_blocks * outputs)
-    counts, which = counts.view(-1, outputs).sort(dim=1, descending=True, stable=True)
-    order = torch.argsort(block * outputs + which.argsort(1)[block, output % outputs], stable=True)
+    key = (output // outputs * num_blocks + channel // block_size) * outputs + output % outputs
+    counts = torch.bincount(key, minlength=sizes.groups * num_blocks * outputs)
+    order = torch.argsort(key, stable=True)
     phases = {phase: index for index, phase in enumerate(packing.phases)}
     taps = torch.tensor(
         [
@@ -172,8 +169,7 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
     offsets = channel % block_size * packing.channel_size + taps[row * kernel_width + column]
     return Plan(
         sizes, packing, _pack_output(sizes, packing), block_size, num_blocks, tile, row_tiles, order,
-        offsets[order].to(torch.int32), torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0)),
-        which.flatten().to(torch.int32),
+        offsets[order].to(torch.int32), torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
     )  # fmt: skip
 
 

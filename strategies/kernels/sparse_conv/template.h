@@ -122,16 +122,15 @@ ISA_TARGET SQUALL_INLINE void FN(add)(const int num, const float *in, const floa
         *(vector *)(sums + i * WIDTH) = total[i];
 }
 
-/* All outputs of a group over one block of input channels, those with the most weights first: loops of one length after
- * the other are what a processor foresees. */
+/* All outputs of a group over one block of input channels. */
 ISA_TARGET SQUALL_INLINE void FN(add_all)(const int num, const struct conv *c, int64_t first, const float *in,
                                           float *sums, int is_first)
 {
     const int64_t *starts = c->starts + first;
-    const int32_t *which = c->which + first;
-    for (int64_t i = 0; i < c->outputs && (is_first || starts[i] < starts[i + 1]); i++)
-        FN(add)(num, in, c->values, c->offsets, starts[i], starts[i + 1], sums + (int64_t)which[i] * num * WIDTH,
-                is_first);
+    for (int64_t output = 0; output < c->outputs; output++)
+        if (is_first || starts[output] < starts[output + 1])
+            FN(add)(num, in, c->values, c->offsets, starts[output], starts[output + 1], sums + output * num * WIDTH,
+                    is_first);
 }
 
 /* The number of registers has to be a constant for sums to stay in them. */
@@ -244,9 +243,10 @@ ISA_TARGET SQUALL_INLINE void FN(gather_all)(const int num, const struct conv *c
                                              const float *grad, int64_t low, int64_t high)
 {
     const int64_t *starts = c->starts + first;
-    const int32_t *which = c->which + first;
-    for (int64_t output = low; output < high && starts[output] < starts[output + 1]; output++) {
-        const float *from = grad + which[output] * c->grad_channel_size;
+    for (int64_t output = low; output < high; output++) {
+        if (starts[output] == starts[output + 1])
+            continue;
+        const float *from = grad + output * c->grad_channel_size;
         vector g[MOST];
         SQUALL_UNROLL
         for (int i = 0; i < num; i++)
