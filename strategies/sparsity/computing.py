@@ -118,8 +118,8 @@ class SparseComputation:
 
     def _suits(self, name: str, layer: nn.Module, x: Tensor) -> bool:
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        same = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        if not same or not native.serves(x, weight) or torch.compiler.is_compiling():
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if not native.serves(x, weight, dtypes=native.SINGLE) or autocast or torch.compiler.is_compiling():
             return False
         if isinstance(layer, nn.Conv2d) and x.ndim != 4:
             return False

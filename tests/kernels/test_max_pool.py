@@ -48,5 +48,7 @@ def test_its_gradient_is_torchs() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="x must be images"):
         max_pool2d(torch.ones(4), 2)
+    with pytest.raises(ValueError, match="stride must be one number or two"):
+        max_pool2d(torch.ones(1, 1, 4, 4), 2, [2])
     with pytest.raises(RuntimeError, match="pad should be at most half"):
         max_pool2d(torch.ones(1, 1, 4, 4), 2, padding=2)

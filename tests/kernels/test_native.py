@@ -37,6 +37,7 @@ def test_there_is_no_other():
 def test_only_plain_memory_is_served():
     assert not native.serves(torch.ones(1, dtype=torch.bfloat16))
     assert not native.serves(torch.ones(1, device="meta"))
+    assert not native.serves(torch.ones(1), torch.ones(1, dtype=torch.float64), dtypes=native.SINGLE)
 
 
 def run(program, **environment):

@@ -9,7 +9,7 @@
 
 #include "../native/native.h"
 
-enum { BLOCK = 256, PADDING = 16 };
+enum { BLOCK = 256 };
 
 struct norm {
     const void *x, *grad;
@@ -44,13 +44,8 @@ static int64_t num_blocks(const struct norm *norm)
 #define TYPED(name) SQUALL_JOIN(name, double)
 #include "../native/each_isa.h"
 
-
-/* Numbers of scratch memory that a thread needs. */
-SQUALL_EXPORT int64_t squall_local_response_norm_scratch(int64_t channels, int64_t window)
-{
-    return 2 * (channels + 2 * window + PADDING) * BLOCK;
-}
-
+/* scratch: num_scratch numbers for each thread. Channels first, the backward pass needs 2 x BLOCK of them a channel;
+ * channels last, a few rows are enough. */
 SQUALL_EXPORT void squall_local_response_norm(const void *x, const void *grad, void *y, void *scratch,
                                               int64_t num_scratch, int64_t samples, int64_t groups, int64_t channels,
                                               int64_t pixels, int64_t below, int64_t above, double alpha, double beta,

@@ -16,7 +16,7 @@ _POINTER, _LONG, _DOUBLE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_doubl
 _kernel = native.function(
     "squall_local_response_norm", *[_POINTER] * 4, *[_LONG] * 7, *[_DOUBLE] * 3, *[_INT] * 4
 )  # fmt: skip
-_BLOCK, _PADDING = 256, 16  # as in kernel.c
+_BLOCK = 256  # as in kernel.c
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -36,7 +36,7 @@ def _native(x: Tensor, grad: Tensor | None, window: Window, relu: bool) -> Tenso
         grad = torch.empty_like(x).copy_(grad) if grad.stride() != x.stride() else grad
     samples, channels = x.shape[0], x.shape[1] // window.groups
     num_threads = torch.get_num_threads()
-    num_scratch = 2 * (channels + 2 * window.size + _PADDING) * _BLOCK
+    num_scratch = 2 * (channels + window.size) * _BLOCK
     scratch = torch.empty(num_threads * num_scratch if grad is not None or last else 0, dtype=x.dtype)
     _kernel(
         x.data_ptr(), None if grad is None else grad.data_ptr(), result.data_ptr(), scratch.data_ptr(), num_scratch,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squall.kernels import native
+from squall.kernels.pairs import pair
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _kernel = native.function("squall_max_pool", *[_POINTER] * 3, *[_LONG] * 14, ctypes.c_int)
@@ -40,7 +41,7 @@ def max_pool2d(
         The maxima.
 
     Raises:
-        ValueError: There is no image in ``x``.
+        ValueError: There is no image in ``x``, or an argument is more than two numbers.
         RuntimeError: What Torch says to arguments that don't fit.
 
     Example:
@@ -51,21 +52,21 @@ def max_pool2d(
     """
     if x.ndim not in (3, 4):
         raise ValueError(f"x must be images, (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
-    pairs = [_pair(value) for value in (kernel_size, kernel_size if stride is None else stride, padding, dilation)]
+    given = {
+        "kernel_size": kernel_size, "stride": kernel_size if stride is None else stride, "padding": padding,
+        "dilation": dilation,
+    }  # fmt: skip
+    pairs = [pair(name, value) for name, value in given.items()]
     result: Tensor = _max_pool2d(x, *pairs, ceil_mode)
     return result
-
-
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else [int(number) for number in value]
 
 
 @torch.library.custom_op("squall::max_pool2d", mutates_args=())
 def _max_pool2d(
     x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> Tensor:
-    if x.dtype != torch.float32 or not native.serves(x) or not x.is_contiguous() or not x.numel():
-        return _torch(x, kernel_size, stride, padding, dilation, ceil_mode).clone()
+    if not native.serves(x, dtypes=native.SINGLE) or not x.is_contiguous() or not x.numel():
+        return _torch(x, kernel_size, stride, padding, dilation, ceil_mode)
     y = torch.empty(_shape(x, kernel_size, stride, padding, dilation, ceil_mode))
     height, width = x.shape[-2:]
     num_scratch = padding[1] + max(width, (y.shape[-1] - 1) * stride[1] + dilation[1] * (kernel_size[1] - 1) + 1) + 16

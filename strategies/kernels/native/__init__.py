@@ -23,6 +23,8 @@ ISAS = ("plain", "avx2", "avx512")
 """Instruction sets, by their number in the library."""
 TORCH = "torch"
 """In place of an instruction set: Torch operations."""
+SINGLE = (torch.float32,)
+BOTH = (torch.float32, torch.float64)
 
 
 def _load() -> ctypes.CDLL | None:
@@ -37,8 +39,7 @@ def _load() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    region = _parallel_region()
-    library.squall_set_parallel_region(region)
+    library.squall_set_parallel_region(_parallel_region())
     return library
 
 
@@ -60,7 +61,6 @@ def _parallel_region() -> ctypes.c_void_p | None:
 
 
 _library = _load()
-_isa = TORCH
 
 
 def _choose(isa: str | None) -> str:
@@ -115,11 +115,15 @@ def isas() -> list[str]:
     return found
 
 
-def serves(*tensors: torch.Tensor) -> bool:
-    """Tell whether the library can work on tensors: plain memory of the CPU, single or double precision."""
-    return _isa != TORCH and all(
-        tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) for tensor in tensors
-    )
+def serves(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = BOTH) -> bool:
+    """Tell whether a kernel can work on tensors: plain memory of the CPU.
+
+    Args:
+        tensors: All that it would read.
+        dtypes: What it was compiled for.
+
+    """
+    return _isa != TORCH and all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in tensors)
 
 
 _own = threading.local()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from squall.kernels.pairs import pair
+
 from . import op
 
 
@@ -58,7 +60,7 @@ def sparse_conv2d(
     """
     shape = [int(size) for size in weight_shape]
     pairs = {
-        name: _pair(name, value) for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
+        name: pair(name, value) for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
     }
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x must be images, (N, C, H, W), of floating-point numbers, got {x.dtype} {tuple(x.shape)}")
@@ -88,10 +90,3 @@ def sparse_conv2d(
         x, values, positions, bias, shape, pairs["stride"], pairs["padding"], pairs["dilation"], groups, relu
     )
     return result
-
-
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else [int(number) for number in value]
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be one number or two, got {value!r}")
-    return pair

@@ -112,8 +112,7 @@ def sizes_of(
 
 
 def _serves(sizes: Sizes, *tensors: Tensor) -> bool:
-    single = all(tensor.dtype == torch.float32 for tensor in tensors)
-    return single and native.serves(*tensors) and sizes.samples > 0 and min(sizes.weight) > 0
+    return native.serves(*tensors, dtypes=native.SINGLE) and sizes.samples > 0 and min(sizes.weight) > 0
 
 
 @torch.library.custom_op("squall::sparse_conv2d", mutates_args=())
