@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 from squall.conf.main import UserError, report_errors
 
 _GROUPS = ("density", "bits")
-_ZIP = b"PK\x03\x04"  # how a file begins that torch has saved, whatever its name is
 _KEYS = ("source", "target", "decode", "density", "bits", "coder", "gap_bits", "hydra")
 _USAGE = (
     "squall-compress IN.ckpt OUT.safetensors [density.LAYER=0.09] [bits.LAYER=5], or --decode IN.safetensors OUT.ckpt"
@@ -198,11 +197,12 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from squall.sparsity import load_compressed
+    from squall.sparsity.checkpoint_io import is_saved_by_torch
     from squall.sparsity.coding import is_compressed
 
     if is_compressed(path):
         return load_compressed(path)  # to be pruned further, or coded otherwise
-    if path.suffix == ".safetensors" and not _is_zip(path):
+    if path.suffix == ".safetensors" and not is_saved_by_torch(path):
         try:
             return dict(load_file(path))
         except (SafetensorError, KeyError) as error:  # a data type that torch has not
@@ -216,11 +216,6 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     if not isinstance(state_dict, Mapping) or not all(map(_is_entry, state_dict.items())):
         raise UserError(f"{path} is neither a Lightning checkpoint nor a state_dict.")
     return dict(state_dict)
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(_ZIP)) == _ZIP
 
 
 def _is_entry(entry: tuple[Any, Any]) -> bool:
@@ -274,10 +269,7 @@ def compress(source: Path, target: Path, density: Mapping[str, Any], bits: Mappi
     from squall.sparsity import save_compressed
 
     report = save_compressed(shrink(read_state_dict(source), density, bits), target, **options)
-    sizes = (
-        f"{report.num_dense_bytes:,} bytes of weights are {report.num_file_bytes:,} in {target}: {report.rate:.1f} x"
-    )
-    Console().print(report.table(), sizes, sep="\n", highlight=False)
+    Console().print(report.table(), report.sentence(target), sep="\n", highlight=False)
 
 
 def decode(source: Path, target: Path) -> None:
@@ -290,21 +282,19 @@ def decode(source: Path, target: Path) -> None:
 
     """
     import torch
-    from lightning.pytorch import __version__
     from rich.console import Console
 
     from squall.sparsity import load_compressed
-    from squall.sparsity.coding.state import read_any
+    from squall.sparsity.checkpoint_io import read_checkpoint
 
-    content: dict[str, Any]
+    whole = False
     if target.suffix == ".ckpt":
-        whole, content = read_any(source)
-        what = "a whole checkpoint is" if whole else f"{len(content)} tensors are"
-        content = content if whole else {"state_dict": content, "pytorch-lightning_version": __version__}
+        whole, content = read_checkpoint(source)
+        state_dict = content.get("state_dict", {})
     else:
-        content = load_compressed(source)
-        what = f"{len(content)} tensors are"
+        content = state_dict = load_compressed(source)
     torch.save(content, target)
+    what = "a whole checkpoint is" if whole else f"{len(state_dict)} tensors are"
     Console().print(f"{what} in {target}", highlight=False)
 
 

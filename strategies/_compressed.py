@@ -88,7 +88,7 @@ def write_compressed(module: LightningModule, training: CompressingTraining) -> 
     report = save_compressed(module.state_dict(), path, coder=algorithm.coder)
     Console().print(
         report.table(),
-        f"{report.num_dense_bytes:,} bytes of weights are {report.num_file_bytes:,} in {path}: {report.rate:.1f} x",
+        report.sentence(path),
         sep="\n",
         highlight=False,
         soft_wrap=True,

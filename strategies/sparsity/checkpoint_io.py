@@ -18,7 +18,7 @@ from .coding import Coder, file
 from .coding.state import read_any
 from .coding.trees import to_tensors
 
-_ZIP = b"PK\x03\x04"  # how a file begins that torch has saved
+_ZIP = b"PK\x03\x04"
 
 
 class CompressedCheckpointIO(TorchCheckpointIO):
@@ -86,16 +86,42 @@ class CompressedCheckpointIO(TorchCheckpointIO):
         _check_local(path)
         if not Path(path).is_file():
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
-        with open(path, "rb") as opened:
-            if opened.read(len(_ZIP)) == _ZIP:
-                location: Any = map_location if map_location is not None else "cpu"
-                return super().load_checkpoint(path, location, True if weights_only is None else weights_only)
-        whole, content = read_any(path)
-        checkpoint = content if whole else {"state_dict": content, "pytorch-lightning_version": __version__}
+        if is_saved_by_torch(path):
+            location: Any = map_location if map_location is not None else "cpu"
+            return super().load_checkpoint(path, location, True if weights_only is None else weights_only)
+        _, checkpoint = read_checkpoint(path)
         if map_location is None:
             return checkpoint
         moved: dict[str, Any] = apply_to_collection(checkpoint, Tensor, _moved, map_location)
         return moved
+
+
+def is_saved_by_torch(path: _PATH) -> bool:
+    """Say whether a file begins as those of torch.save do, whatever its name is.
+
+    Args:
+        path: A file of this host.
+
+    """
+    with open(path, "rb") as opened:
+        return opened.read(len(_ZIP)) == _ZIP
+
+
+def read_checkpoint(path: _PATH) -> tuple[bool, dict[str, Any]]:
+    """Read a compressed file as a checkpoint of Lightning's.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Whether the file is a whole checkpoint; and that, or one of its weights alone, to validate and test.
+
+    Raises:
+        CompressedFileError: The file is damaged, of another version, or no such file.
+
+    """
+    whole, content = read_any(path)
+    return whole, content if whole else {"state_dict": content, "pytorch-lightning_version": __version__}
 
 
 def _check_local(path: _PATH) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,15 @@ class CompressionReport:
     def rate(self) -> float:
         """How many times smaller the file is than its tensors."""
         return self.num_dense_bytes / self.num_file_bytes
+
+    def sentence(self, path: str | os.PathLike[str]) -> str:
+        """Say it in one line.
+
+        Args:
+            path: Of the file.
+
+        """
+        return f"{self.num_dense_bytes:,} bytes of weights are {self.num_file_bytes:,} in {path}: {self.rate:.1f} x"
 
     def rows(self) -> list[dict[str, Any]]:
         """Lay out the paper's table.
