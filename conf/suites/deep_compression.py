@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from squall.conf.bench import SuiteResult
 from squall.conf.suites import trainings
 from squall.conf.suites.cells import Cell
+from squall.conf.suites.net_panels import draw_points, net_panels, set_ticks
 from squall.conf.suites.trainings import DENSE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LOSS = 0.1  # points that are next to nothing
+_QUANTITY = "test accuracy, %"
 
 
 def measure(
@@ -94,7 +96,7 @@ def summarize(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "setting": name,
                 "rate": statistics.mean(cell["rate"] for cell in mine),
                 "file bytes": statistics.mean(cell["file_bytes"] for cell in mine),
-                "test accuracy, %": statistics.mean(accuracies),
+                _QUANTITY: statistics.mean(accuracies),
                 "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
                 "points lost": statistics.mean(lost),
                 "seconds": statistics.mean(cell["seconds"] for cell in mine),
@@ -140,33 +142,21 @@ def _failures(rows: Sequence[Mapping[str, Any]], claims: Mapping[str, Mapping[st
 
 
 def _plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    from squall.conf.plots import BLUE, GREY, clean_axes, new_figure
+    from squall.conf.plots import BLUE
 
-    nets = list(dict.fromkeys(row["net"] for row in rows))
-    figure = new_figure(4.2 * len(nets), 3.2)
-    panels = figure.subplots(1, len(nets), squeeze=False)[0]
-    for axes, net in zip(panels, nets, strict=True):
-        dense = next(row for row in rows if row["net"] == net and row["setting"] == DENSE)
-        axes.axhline(dense["test accuracy, %"], color=GREY, linewidth=1.2, label=DENSE)
-        points = sorted((row for row in rows if row["net"] == net and row is not dense), key=lambda row: row["rate"])
-        axes.errorbar(
-            [row["rate"] for row in points], [row["test accuracy, %"] for row in points],
-            yerr=[row["std"] or 0.0 for row in points], color=BLUE, marker="o", markersize=5, capsize=2,
-            linewidth=1.4, elinewidth=0.8, label="Deep Compression",
-        )  # fmt: skip
+    figure, panels = net_panels(rows, "setting", _QUANTITY, "times smaller", 4.2)
+    for axes, others in panels:
+        points = sorted(others, key=lambda row: row["rate"])
+        rates = [row["rate"] for row in points]
+        draw_points(axes, rates, points, _QUANTITY, color=BLUE, marker="o", label="Deep Compression")
         for row in points:
             axes.annotate(
-                row["setting"], (row["rate"], row["test accuracy, %"]), xytext=(4, 5), textcoords="offset points",
-                fontsize=7, color="#444444",
+                row["setting"], (row["rate"], row[_QUANTITY]), xytext=(4, 5), textcoords="offset points", fontsize=7,
+                color="#444444",
             )  # fmt: skip
         axes.margins(x=0.18, y=0.18)
-        axes.set_xscale("log")
-        ticks = [rate for rate in (10, 20, 30, 40, 60, 80, 100, 150, 200, 300) if _near(rate, points)]
-        axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
-        clean_axes(axes, "times smaller", "test accuracy, %", title=net)
-    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+        set_ticks(axes, [rate for rate in (10, 20, 30, 40, 60, 80, 100, 150, 200, 300) if _near(rate, points)], "{}x")
+    panels[0][0].legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,24 +73,22 @@ def response_norm() -> Iterator[Ways]:
     yield Ways({"stock": pass_of(F.local_response_norm, x, grad)}, pass_of(local_response_norm, x, grad))
 
 
-class _StockNorm:
+def _stock_norm(groups: int) -> nn.Module:
     """The same normalisation of ReLUs, from stock modules."""
+    import torch
+    from torch import nn
 
-    def __new__(cls, groups: int) -> Any:
-        import torch
-        from torch import nn
+    class StockNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)
 
-        class StockNorm(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.norm = nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)
+        def forward(self, x: Tensor) -> Tensor:
+            # Torch has none in bfloat16.
+            parts = [self.norm(part) for part in x.relu().float().chunk(groups, 1)]
+            return torch.cat(parts, 1).to(x.dtype)
 
-            def forward(self, x: Tensor) -> Tensor:
-                # Torch has none in bfloat16.
-                parts = [self.norm(part) for part in x.relu().float().chunk(groups, 1)]
-                return torch.cat(parts, 1).to(x.dtype)
-
-        return StockNorm()
+    return StockNorm()
 
 
 def _trainer_of(net: nn.Module, x: Tensor, num_classes: int) -> Work:
@@ -116,7 +115,7 @@ def alexnet_step() -> Iterator[Ways]:
 
     ours, stock, half = AlexNet(), AlexNet(), AlexNet()
     for net in (stock, half):
-        net.norm1, net.norm2 = _StockNorm(2), _StockNorm(2)
+        net.norm1, net.norm2 = _stock_norm(2), _stock_norm(2)
     x = torch.randn(64, 3, 224, 224)
     yield Ways(
         {"stock": _trainer_of(stock, x, 1000)},
@@ -190,8 +189,9 @@ def network(name: str, density: float, batch: int, whole: str) -> Iterator[Ways]
     net = prune(getattr(models, name)(), density, whole).eval()
     x = torch.randn(batch, 3, 224, 224)
     sparse = to_inference(net, x, show=False)
-    half, half_x = to_half(net), x.bfloat16()
-    last = to_last(net)
+    half, half_x = copy.deepcopy(net).bfloat16(), x.bfloat16()
+    last: Any = copy.deepcopy(net)
+    last.to(memory_format=torch.channels_last)
     x_last = x.to(memory_format=torch.channels_last)
     with torch.inference_mode():
         yield Ways(
@@ -201,31 +201,9 @@ def network(name: str, density: float, batch: int, whole: str) -> Iterator[Ways]
         )
 
 
-def to_half(module: nn.Module) -> nn.Module:
-    """A copy in bfloat16."""
-    import copy
-
-    half: nn.Module = copy.deepcopy(module).bfloat16()
-    return half
-
-
-def to_last(module: nn.Module) -> nn.Module:
-    """A copy whose convolutions are channels last."""
-    import copy
-
-    import torch
-
-    last: Any = copy.deepcopy(module)
-    last.to(memory_format=torch.channels_last)
-    result: nn.Module = last
-    return result
-
-
 @contextmanager
 def sparse_step(density: float, batch: int) -> Iterator[Ways]:
     """A training step of VGG-D on images of 32 x 32; masked, dense computation against sparse."""
-    import copy
-
     import torch
 
     from squall.models import VGGD
@@ -237,7 +215,7 @@ def sparse_step(density: float, batch: int) -> Iterator[Ways]:
     masks = {name: _mask(parameter, density) for name, parameter in find_layers(net).items()}
     for name, parameter in find_layers(net).items():
         parameter.data.mul_(masks[name])
-    dense, half = copy.deepcopy(net), to_half(net)
+    dense, half = copy.deepcopy(net), copy.deepcopy(net).bfloat16()
     computation = SparseComputation(net, lambda: masks, lambda name: False)
     computation.install(find_layers(net))
     steps = []

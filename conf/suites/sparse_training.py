@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from squall.conf.bench import SuiteResult
 from squall.conf.suites import trainings
 from squall.conf.suites.cells import Cell
+from squall.conf.suites.net_panels import draw_points, net_panels, set_ticks
 from squall.conf.suites.trainings import DENSE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OURS, _FLOOR = "sparse_momentum", "static"
+_QUANTITY = "test error, %"
 
 
 def measure(
@@ -101,7 +103,7 @@ def summarize(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "net": net,
                 "density": density,
                 "algorithm": algorithm,
-                "test error, %": statistics.mean(errors),
+                _QUANTITY: statistics.mean(errors),
                 "std": statistics.stdev(errors) if len(errors) > 1 else None,
                 "x dense": statistics.mean(errors) / dense,
                 "live weights": mine[0]["num_live"],
@@ -123,37 +125,24 @@ def _failures(rows: Sequence[Mapping[str, Any]], claims: Mapping[str, Mapping[st
                 )
     for (net, density, algorithm), row in found.items():
         floor = found.get((net, density, _FLOOR))
-        if algorithm == _OURS and floor is not None and row["test error, %"] >= floor["test error, %"]:
+        if algorithm == _OURS and floor is not None and row[_QUANTITY] >= floor[_QUANTITY]:
             failures.append(f"{net} at {density:.0%}: sparse momentum is no better than a mask that stays.")
     return failures
 
 
 def _plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    from squall.conf.plots import BLUE, GREEN, GREY, ORANGE, clean_axes, new_figure
+    from squall.conf.plots import BLUE, GREEN, GREY, ORANGE
 
-    nets = list(dict.fromkeys(row["net"] for row in rows))
-    figure = new_figure(3.6 * len(nets), 3.2)
-    panels = figure.subplots(1, len(nets), squeeze=False)[0]
-    for axes, net in zip(panels, nets, strict=True):
-        dense = next(row for row in rows if row["net"] == net and row["algorithm"] == DENSE)
-        axes.axhline(dense["test error, %"], color=GREY, linewidth=1.2, label=DENSE)
-        sparse = [row for row in rows if row["net"] == net and row["algorithm"] != DENSE]
-        names = dict.fromkeys(row["algorithm"] for row in sparse)
+    figure, panels = net_panels(rows, "algorithm", _QUANTITY, "weights, %", 3.6)
+    for axes, others in panels:
+        names = dict.fromkeys(row["algorithm"] for row in others)
         styles = zip(names, (ORANGE, BLUE, GREEN, GREY), ("o", "s", "^", "x"), strict=False)
         for name, colour, marker in styles:
-            points = [row for row in sparse if row["algorithm"] == name]
-            axes.errorbar(
-                [100 * row["density"] for row in points], [row["test error, %"] for row in points],
-                yerr=[row["std"] or 0.0 for row in points], color=colour, marker=marker, markersize=5, capsize=2,
-                linewidth=1.4, elinewidth=0.8, label=name.replace("_", " "),
-            )  # fmt: skip
-        axes.set_xscale("log")
-        ticks = sorted({100 * row["density"] for row in sparse})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
-        clean_axes(axes, "weights, %", "test error, %", title=net)
-    panels[0].legend(frameon=False, fontsize=8)
+            points = [row for row in others if row["algorithm"] == name]
+            places = [100 * row["density"] for row in points]
+            draw_points(axes, places, points, _QUANTITY, color=colour, marker=marker, label=name.replace("_", " "))
+        set_ticks(axes, sorted({100 * row["density"] for row in others}), "{:g}")
+    panels[0][0].legend(frameon=False, fontsize=8)
     return figure
 
 
