@@ -67,6 +67,7 @@ class MaskedTraining:
         self._generator = torch.Generator().manual_seed(seed)
         self._share, self._progress = share, progress
         self._optimizers: list[Optimizer] = []
+        self._holders: dict[str, int] = {}  # which of the optimizers steps a layer
         self._handles: list[Any] = []
         self._names = {id(parameter): name for name, parameter in parameters.items()}
 
@@ -149,6 +150,12 @@ class MaskedTraining:
         """
         self.detach()
         self._optimizers = list(optimizers)
+        self._holders = {
+            name: index
+            for index, optimizer in enumerate(self._optimizers)
+            for name in (self._names.get(id(p)) for group in optimizer.param_groups for p in group["params"])
+            if name is not None
+        }
         self.num_steps = (self.num_steps + [0] * len(self._optimizers))[: len(self._optimizers)]
         self._set(self.masks)
         for index, optimizer in enumerate(self._optimizers):
@@ -166,7 +173,7 @@ class MaskedTraining:
             handle.remove()
         self._handles.clear()
         self._cuts.clear()
-        self._optimizers = []
+        self._optimizers, self._holders = [], {}
 
     def _layers_of(self, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
         for group in optimizer.param_groups:
@@ -201,12 +208,7 @@ class MaskedTraining:
             name: Of a parameter.
 
         """
-        held = (
-            index
-            for index, optimizer in enumerate(self._optimizers)
-            if any(name == of_one for of_one, _, _ in self._layers_of(optimizer))
-        )
-        index = next(held, None)
+        index = self._holders.get(name)
         return index is None or self._reads_gradients(index)
 
     def _before_gradient(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:

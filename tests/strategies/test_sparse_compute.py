@@ -46,9 +46,6 @@ class Dense(Callback):
     def __init__(self) -> None:
         self.steps: list[bool] = []
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self.last = pl_module.net[5].weight.grad
-
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy: Any = trainer.strategy
         self.steps.append(bool(pl_module.net[5].weight.grad[~strategy.masks["net.5.weight"]].any()))
