@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+
+from squall.conf.suites.programs import free_port as free_port
 
 _START_SECONDS = 250
 _LATEST_SECONDS = 60  # that a rank may answer after another
@@ -108,13 +109,6 @@ def stop_all() -> None:
 
 
 atexit.register(stop_all)
-
-
-def free_port() -> int:
-    """A port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run(
