@@ -115,7 +115,8 @@ def alexnet_step() -> Iterator[Ways]:
 
     ours, stock, half = AlexNet(), AlexNet(), AlexNet()
     for net in (stock, half):
-        net.norm1, net.norm2 = _stock_norm(2), _stock_norm(2)
+        for name in ("norm1", "norm2"):
+            net.register_module(name, _stock_norm(2))
     x = torch.randn(64, 3, 224, 224)
     yield Ways(
         {"stock": _trainer_of(stock, x, 1000)},
