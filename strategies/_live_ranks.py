@@ -165,18 +165,20 @@ class LiveRanks(DDPStrategy):
         return self._client is None or dist.is_initialized()
 
     def _meet(self, kind: str, value: Any) -> dict[int, Any]:
-        """Exchange values with all live workers, in a place that they all come to."""
-        place = f"{kind} {_call_site(4)}"
-        number = self._num_meetings[place] = self._num_meetings.get(place, -1) + 1
+        """Exchange values with all live workers, which all call collectives of a kind in the same order."""
+        number = self._num_meetings[kind] = self._num_meetings.get(kind, -1) + 1
         while True:
             try:
-                return self.client.meet(f"{place} {number}", kind, value)
+                return self.client.meet(f"{kind} {number}", kind, value)
             except RevokedError:  # given up, but not in the loop: nothing is lost by coming again
                 self.client.greet()
 
     def _share(self, kind: str, value: Any, write: bool = True) -> dict[int, Any]:
-        """Exchange values without waiting, under a name that this line of the program has on every rank."""
-        place = f"{kind} {_call_site(8)}"
+        """Exchange values without waiting, under a name that this place of the program has on every rank.
+
+        Values are of a line. What is broadcast is of a function: its source may well call it on another line.
+        """
+        place = f"{kind} {_call_site(8, with_lines=kind != 'broadcast')}"
         number = self._num_shares[place] = self._num_shares.get(place, -1) + 1
         parts: dict[int, Any] = self._insisting(lambda: self.client.share(f"{place} {number}", value, write))
         return parts
@@ -235,17 +237,20 @@ class LiveRanks(DDPStrategy):
         if not isinstance(tensor, Tensor) or self.world_size == 1:
             return tensor
         operation = "mean" if reduce_op is None else str(reduce_op).lower().rsplit(".", 1)[-1]
-        values = [other.to(tensor.device) for other in self._exchange("reduce", tensor)
-                  if other.shape == tensor.shape and other.dtype == tensor.dtype]  # fmt: skip
-        return _reduced(torch.stack(values), operation)
+        return _reduced(self._stacked("reduce", tensor), operation)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """Stack the tensors of the live workers; gradients don't flow between them."""
+        """Stack the tensors of the live workers that have this one's shape; gradients don't flow between them."""
         if self._has_group:
             return super().all_gather(tensor, group, sync_grads)
         if self.world_size == 1:
             return tensor.unsqueeze(0) if self.num_processes > 1 else tensor
-        return torch.stack([other.to(tensor.device) for other in self._exchange("gather", tensor)])
+        return self._stacked("gather", tensor)
+
+    def _stacked(self, kind: str, tensor: Tensor) -> Tensor:
+        """Everybody's tensors. Those of another shape are of a batch of another size, which nobody waits for."""
+        return torch.stack([other.to(tensor.device) for other in self._exchange(kind, tensor)
+                            if other.shape == tensor.shape and other.dtype == tensor.dtype])  # fmt: skip
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Take the source's value; inside the loop its latest, or one's own before there is any."""
@@ -332,7 +337,7 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _call_site(depth: int) -> str:
+def _call_site(depth: int, with_lines: bool) -> str:
     """Where in the program a collective was called, the same on every rank."""
     frame = sys._getframe(2)
     places: list[str] = []
@@ -340,6 +345,6 @@ def _call_site(depth: int) -> str:
         name = os.path.basename(frame.f_code.co_filename)
         if name == "launching.py":  # from here on the ranks' ways differ
             break
-        places.append(f"{name}:{frame.f_lineno}")
+        places.append(f"{name}:{frame.f_lineno if with_lines else frame.f_code.co_name}")
         frame = frame.f_back  # type: ignore[assignment]
     return "<".join(places)

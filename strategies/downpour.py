@@ -255,10 +255,11 @@ class DownpourStrategy(UpdatingStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Compute with what came back from the last push, and not further ahead than the run allows."""
         super().on_train_batch_start(batch, batch_idx)
-        if not self.is_leader and self.replica.base < self.warm_start_steps:  # it joined before the leader went ahead
-            self._rejoining(self.replica.fetch)
-        if self.max_staleness is not None:
+        warms_up = not self.is_leader and self.replica.base < self.warm_start_steps
+        if self.max_staleness is not None or warms_up:
             self._rejoining(lambda: self.client.call({"op": "gate"}))
+        if warms_up:  # it joined before the leader went ahead
+            self._rejoining(self.replica.fetch)
         if self.overlap:
             self._rejoining(lambda: self.replica.land(keep=1))
             self._collect(wait=False)

@@ -340,7 +340,7 @@ class Coordinator:
         epoch = int(header["epoch"])
         if self._over(worker, header):
             return True
-        if worker.rank != LEADER and self.version < self.options.warm_start_steps:
+        if self._waits_for_the_warm_start(worker):
             return False
         ends = self._turn("end", worker)
         if not ends and not self._turn("lease", worker):
@@ -387,8 +387,16 @@ class Coordinator:
             return self._answer(worker, header, {"end": True, "stopped": self.stopped, "version": self.version})
         return False
 
+    def _waits_for_the_warm_start(self, worker: Worker) -> bool:
+        """Whether a worker is not to begin yet: the leader makes the first updates alone, as long as it makes any."""
+        leader = self.workers.get(LEADER)
+        alone = leader is not None and leader.alive and not leader.finished and not self.stopped
+        return alone and worker.rank != LEADER and self.version < self.options.warm_start_steps
+
     def _on_gate(self, worker: Worker, header: Header, payload: bytes) -> bool:
-        """Wait for the slowest, if the run bounds staleness: not for the dead, and not for who has no data."""
+        """Wait for the warm start, and for the slowest if staleness is bounded: not for the dead or who has no data."""
+        if self._waits_for_the_warm_start(worker):
+            return False
         bound = self.options.max_staleness
         if bound is not None and not self.stopped and not self.leader_lost:
             clocks = [other.clock for other in self.live if other.in_loop and not other.finished and not other.idle]

@@ -203,6 +203,23 @@ def test_a_warm_start_ends_with_its_leader() -> None:
     assert waiting["leader_lost"] is True
 
 
+@pytest.mark.parametrize("ends", ["warm", "lost", "leaves", "stop"])
+def test_without_leases_the_others_wait_for_the_warm_start_at_the_gate(ends: str) -> None:
+    run = ScriptedRun(2, options={"warm_start_steps": 2}).begin(*[1] * 9)
+    gate = run.ask(1, "gate")
+    step(run, 0)
+    assert gate.waits
+    if ends == "warm":
+        step(run, 0, 1)
+    elif ends == "lost":
+        run.lose(0)
+    elif ends == "leaves":  # with fewer batches than it should have warmed up with
+        run.ask(0, "leave", stop=False)
+    else:
+        run.ask(0, "stop", why="test")
+    assert not gate.waits
+
+
 def test_a_warm_start_longer_than_the_run_ends_with_it() -> None:
     run = ScriptedRun(2, options={"warm_start_steps": 9, "max_steps": 2}).begin(*[1] * 9)
     waiting = run.lease(1)
