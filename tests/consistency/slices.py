@@ -78,7 +78,7 @@ class Slices:
                     infos.append(ParameterInfo(tuple(parameter.shape), parameter.dtype, index, number, tuple(entries)))
         with mock.patch.object(plans, "UNIT_ELEMENTS", UNIT):
             self.plan: Plan = make_plan(infos, elementwise, num_shards, lambda n, dtype: n * dtype.itemsize)
-        self.names = [f"squall-test-{os.getpid()}-{os.urandom(4).hex()}" for _ in self.plan.slices]
+        self.names = [f"squall-{os.getpid()}-test-{os.urandom(4).hex()}" for _ in self.plan.slices]
         self.segments = [
             Segment(name, slice_.num_bytes) for name, slice_ in zip(self.names, self.plan.slices, strict=True)
         ]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not SHM.is_dir(), reason="names of shared memory
 
 @pytest.fixture
 def name() -> str:
-    unique = f"squall-test-{os.getpid()}-{os.urandom(4).hex()}"
+    unique = f"squall-{os.getpid()}-test-{os.urandom(4).hex()}"
     yield unique
     Segment.unlink(unique)
 

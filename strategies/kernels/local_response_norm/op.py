@@ -1,8 +1,9 @@
-"""The custom ops ``squall::local_response_norm`` and its backward: the compiled kernel, or Torch operations."""
+"""The custom ops ``squall::local_response_norm`` and its backward: the compiled kernel, Triton, or Torch operations."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from typing import Any
 
 import torch
@@ -46,12 +47,21 @@ def _native(x: Tensor, grad: Tensor | None, window: Window, relu: bool) -> Tenso
     return result
 
 
+def _is_for_triton(x: Tensor) -> bool:
+    """Whether Triton's path is there and serves the tensor; in double precision its constants would be single."""
+    return x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+
+
 @torch.library.custom_op("squall::local_response_norm", mutates_args=())
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int, relu: bool) -> Tensor:
     """Normalise; arguments as of :func:`squall.kernels.local_response_norm`."""
     window = Window(size, alpha, beta, k, groups)
     if native.serves(x):
         return _native(x, None, window, relu)
+    if _is_for_triton(x):
+        from .triton_path import triton_path
+
+        return triton_path(x, None, window, relu)
     return torch_forward(x.relu() if relu else x, window)
 
 
@@ -63,6 +73,10 @@ def local_response_norm_backward(
     window = Window(size, alpha, beta, k, groups)
     if native.serves(grad, x):
         return _native(x, grad, window, relu)
+    if _is_for_triton(x):
+        from .triton_path import triton_path
+
+        return triton_path(x, grad, window, relu)
     if relu:
         return torch_backward(grad, x.relu(), window).masked_fill_(x <= 0, 0)
     return torch_backward(grad, x, window)
