@@ -6,13 +6,30 @@ into the folder.
 """
 
 from . import native
+from .block_codes.function import decode_int8 as decode_int8
+from .block_codes.function import decode_signs as decode_signs
+from .block_codes.function import encode_int8 as encode_int8
+from .block_codes.function import encode_signs as encode_signs
 from .local_response_norm.function import local_response_norm as local_response_norm
 from .max_pool.function import max_pool2d as max_pool2d
 from .sparse_conv.function import sparse_conv2d as sparse_conv2d
 from .sparse_linear.function import sparse_linear as sparse_linear
 from .sparse_linear.function import sparse_linear_live as sparse_linear_live
+from .top_k.function import encode_top_k as encode_top_k
 
-__all__ = ["available", "local_response_norm", "max_pool2d", "sparse_conv2d", "sparse_linear", "sparse_linear_live"]
+__all__ = [
+    "available",
+    "decode_int8",
+    "decode_signs",
+    "encode_int8",
+    "encode_signs",
+    "encode_top_k",
+    "local_response_norm",
+    "max_pool2d",
+    "sparse_conv2d",
+    "sparse_linear",
+    "sparse_linear_live",
+]
 
 
 def available() -> dict[str, str]:

@@ -5,7 +5,8 @@ decimal exponent, an indicator bit, and the rest of the bits a linear fraction. 
 numbers with 64 steps and the smallest with one. The 256 values are those of bitsandbytes' ``create_dynamic_map``.
 
 Speed comes from tables: a number is rounded to float16, and its 16 bits are the index of its code. A search among
-midpoints (``torch.bucketize``) is many times slower.
+midpoints (``torch.bucketize``) is many times slower. On a CPU a compiled kernel does all of a block at once
+(:mod:`squall.kernels.block_codes`), with the same tables and to the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from squall.kernels.block_codes import decode_int8, encode_int8
 
 from .blocks import BlockCodec
 from .codec import load, store
@@ -72,6 +75,15 @@ class DynamicCodec(BlockCodec):
     name = "int8"
     header_bytes = 4
     num_bits = 8
+
+    def _encode(self, values: Tensor, out: Tensor, residual: Tensor | None) -> None:
+        cpu = torch.device("cpu")
+        if not encode_int8(values, out, residual, _codes_on(cpu), _values_on(cpu)):
+            super()._encode(values, out, residual)
+
+    def _decode(self, data: Tensor, out: Tensor) -> None:
+        if not decode_int8(data, out, _values_on(torch.device("cpu"))):
+            super()._decode(data, out)
 
     def _encode_blocks(self, blocks: Tensor, header: Tensor, bits: Tensor) -> None:
         scales = _scales(blocks)

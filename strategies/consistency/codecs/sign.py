@@ -2,7 +2,8 @@
 
 Seide et al., "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed Training of Speech
 DNNs" (2014), section 3.2: each number becomes the mean of its side of zero, and what that loses is kept and added to
-the next gradient. Without this error feedback training doesn't converge.
+the next gradient. Without this error feedback training doesn't converge. On a CPU a compiled kernel does all of a block
+at once (:mod:`squall.kernels.block_codes`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from squall.kernels.block_codes import decode_signs, encode_signs
 
 from .blocks import BlockCodec
 from .codec import load, store
@@ -57,6 +60,14 @@ class SignCodec(BlockCodec):
     has_residual = True
     header_bytes = 8
     num_bits = 1
+
+    def _encode(self, values: Tensor, out: Tensor, residual: Tensor | None) -> None:
+        if not encode_signs(values, out, residual):
+            super()._encode(values, out, residual)
+
+    def _decode(self, data: Tensor, out: Tensor) -> None:
+        if not decode_signs(data, out):
+            super()._decode(data, out)
 
     def _encode_blocks(self, blocks: Tensor, header: Tensor, bits: Tensor) -> None:
         positive = torch.ge(blocks, 0.0, out=torch.empty_like(blocks))

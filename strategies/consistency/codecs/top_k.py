@@ -1,7 +1,8 @@
 """``topk``: the few numbers of largest magnitude, each with its place.
 
 The sparse exchange of Deep Gradient Compression (Lin et al. 2018) without its corrections of momentum, which belong to
-the optimizer: what isn't sent stays in the residual until it is large enough.
+the optimizer: what isn't sent stays in the residual until it is large enough. On a CPU a compiled kernel finds them in
+one pass over memory (:mod:`squall.kernels.top_k`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squall.kernels.top_k import encode_top_k
+
 from .codec import Codec, check_length, keep_loss, load, store
 
 STRIDE = 37
 """One number in so many is looked at for a threshold; a prime, so that it isn't a row's or a kernel's length."""
 
 
+def threshold_rank(num_elements: int, k: int) -> int:
+    """Which of the numbers looked at, the largest being 1, is one that a bit more than ``k`` of all should reach.
+
+    Returns:
+        The rank; 0 where so few are looked at, or so many wanted, that all had better be searched.
+
+    """
+    share = k / STRIDE
+    rank = math.ceil(1.1 * share + 4 * math.sqrt(share)) + 1
+    return rank if rank <= -(-num_elements // STRIDE) // 2 else 0
+
+
 def largest(magnitudes: Tensor, k: int) -> Tensor:
-    """The places of the ``k`` largest magnitudes, ascending.
+    """The places of the ``k`` largest magnitudes, ascending; of equal ones the first, as the kernel takes them.
 
     On a CPU ``torch.topk`` is slow for more than a few hundred of many. So, as in Deep Gradient Compression, a sample
     tells a threshold that a bit more than ``k`` should reach, and those alone are searched. Where fewer reach it, all
@@ -30,19 +45,19 @@ def largest(magnitudes: Tensor, k: int) -> Tensor:
         k: How many, 1 to n.
 
     """
-    sample = magnitudes[::STRIDE]
-    share = k / STRIDE
-    rank = math.ceil(1.1 * share + 4 * math.sqrt(share)) + 1
-    if magnitudes.device.type != "cpu" or rank > sample.numel() // 2:
-        return magnitudes.topk(k, sorted=False).indices.sort().values
-    threshold = sample.kthvalue(sample.numel() + 1 - rank).values
-    candidates = (magnitudes >= threshold).nonzero().view(-1)
-    if candidates.numel() < k:
-        candidates = torch.arange(magnitudes.numel())
-    places = magnitudes[candidates].topk(k, sorted=False).indices
+    rank = threshold_rank(magnitudes.numel(), k)
+    candidates = None
+    if magnitudes.device.type == "cpu" and rank:
+        sample = magnitudes[::STRIDE]
+        threshold = sample.kthvalue(sample.numel() + 1 - rank).values
+        reaching = (magnitudes >= threshold).nonzero().view(-1)
+        candidates = reaching if reaching.numel() >= k else None
+    searched = magnitudes if candidates is None else magnitudes[candidates]
+    least = searched.topk(k, sorted=False).values.amin()
     # In order without a sort, which would take longer than all of the above for a tenth of the numbers.
-    chosen = torch.zeros(candidates.numel(), dtype=torch.bool).index_fill_(0, places, True)
-    return candidates[chosen.nonzero().view(-1)]
+    larger, equal = searched > least, searched == least
+    places = (larger | (equal & (equal.cumsum(0) <= k - larger.sum()))).nonzero().view(-1)
+    return places if candidates is None else candidates[places]
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,8 @@ class TopKCodec(Codec):
 
     def _encode(self, values: Tensor, out: Tensor, residual: Tensor | None) -> None:
         k = self.num_kept(values.numel())
+        if encode_top_k(values, out, residual, k, STRIDE, threshold_rank(values.numel(), k)):
+            return
         wanted = values.float() if residual is None else residual.add_(values)
         index = largest(wanted.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf), k)
         store(index.to(torch.int32), out[: 4 * k])

@@ -126,6 +126,18 @@ def serves(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = BOTH) -> bo
     return _isa != TORCH and all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in tensors)
 
 
+def serves_rows(*rows: torch.Tensor | None) -> bool:
+    """Tell whether a kernel can work on flat single-precision tensors: neighbours in plain memory of the CPU.
+
+    Args:
+        rows: All that it would read or write; None for those that there aren't.
+
+    """
+    there = [row for row in rows if row is not None]
+    plain = all(row.is_contiguous() and row.data_ptr() % 4 == 0 for row in there if row.device.type == "cpu")
+    return plain and serves(*there, dtypes=SINGLE)
+
+
 _own = threading.local()
 _MOST_KEPT = 1 << 26
 
