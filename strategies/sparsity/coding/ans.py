@@ -7,9 +7,14 @@ bit a symbol; frequencies of four bytes would cost more than that for all but th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import constriction
 import numpy as np
 import numpy.typing as npt
+
+from squall.kernels import ans as kernel
 
 from .errors import CompressedFileError
 from .fields import Bytes, Reader, number
@@ -22,6 +27,7 @@ _SHARES = np.where(_BYTES > 0, (8.0 + (_BYTES & 7)) * 2.0 ** (_BYTES >> 3), 0.0)
 _MIDPOINTS = (_SHARES[1:] + _SHARES[:-1]) / 2
 
 _Counts = npt.NDArray[np.int64]
+Symbols = npt.NDArray[np.uint16]
 
 
 def _table(counts: _Counts) -> Bytes:
@@ -71,16 +77,13 @@ def encode(symbols: npt.NDArray[np.int32], counts: _Counts) -> bytes:
     return number(len(table)) + table.tobytes() + number(len(words) // WORD_BYTES) + words
 
 
-def decode(reader: Reader, num_symbols: int, num_kinds: int) -> npt.NDArray[np.int32]:
-    """Decode symbols.
+def read(reader: Reader, num_symbols: int, num_kinds: int) -> kernel.Code:
+    """Read a code, and don't decode it.
 
     Args:
         reader: Stands where :func:`encode`'s bytes begin.
-        num_symbols: How many to decode.
+        num_symbols: How many there are.
         num_kinds: All symbols have to be below this.
-
-    Returns:
-        The symbols.
 
     Raises:
         CompressedFileError: If the bytes are none that :func:`encode` writes.
@@ -92,10 +95,32 @@ def decode(reader: Reader, num_symbols: int, num_kinds: int) -> npt.NDArray[np.i
     words = reader.take(WORD_BYTES * reader.number(reader.num_left // WORD_BYTES)).view("<u4").astype(np.uint32)
     if len(words) and not words[-1]:
         raise CompressedFileError("its ANS code ends in an empty word")
-    coder = constriction.stream.stack.AnsCoder(words)
-    symbols: npt.NDArray[np.int32] = coder.decode(_model(table), num_symbols)
+    return kernel.Code(words, _SHARES[table], num_symbols)
+
+
+def decode(codes: Sequence[kernel.Code]) -> list[Callable[[], Symbols]]:
+    """Decode symbols of several codes, side by side where there are compiled kernels.
+
+    Args:
+        codes: The codes.
+
+    Returns:
+        What returns the symbols of each, or raises :class:`CompressedFileError` if they aren't those of :func:`encode`.
+
+    """
+    decoded = kernel.decode(codes) if kernel.serves() else [_decode(code) for code in codes]
+    return [partial(_checked, *result) for result in decoded]
+
+
+def _decode(code: kernel.Code) -> tuple[Symbols, bool]:
+    coder = constriction.stream.stack.AnsCoder(code.words)
+    model = constriction.stream.model.Categorical(code.shares, perfect=False)
+    return coder.decode(model, code.num_symbols).astype(np.uint16), coder.is_empty()
+
+
+def _checked(symbols: Symbols, is_whole: bool) -> Symbols:
     # The coder ends in the state in which encoding began, or these are not the symbols that were encoded. So a library
     # that rounded a model otherwise would be noticed, too.
-    if not coder.is_empty():
+    if not is_whole:
         raise CompressedFileError("its ANS code doesn't end where its symbols do")
     return symbols

@@ -15,7 +15,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +184,38 @@ def read(path: Path) -> dict[str, Tensor]:
         OSError: If it can't be read.
 
     """
-    try:
+    with naming(path):
+        entries = _load(path)
+        whole: dict[int, Tensor] = {}
+        streams.decode_together([stream for entry in entries.values() for stream in streams_of(entry)])
+        for name, entry in entries.items():
+            if id(entry) not in whole:  # else it is tied to one
+                with naming(name):
+                    whole[id(entry)] = entry.dense() if isinstance(entry, tensors.CodedTensor) else entry
+        return {name: whole[id(entry)] for name, entry in entries.items()}
+
+
+def read_coded(path: Path) -> dict[str, Tensor | tensors.CodedTensor]:
+    """Read what :func:`write` has written, and decode nothing.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors, those that are coded as they are; tied ones are one.
+
+    Raises:
+        CompressedFileError: As :func:`read`, as far as it can be known.
+        OSError: If it can't be read.
+
+    """
+    with naming(path):
         return _load(path)
-    except CompressedFileError as error:
-        raise CompressedFileError(f"{path}: {error}.") from None
+
+
+def streams_of(entry: Any) -> list[streams.Coded]:
+    """List what of an entry is to be decoded."""
+    return entry.streams if isinstance(entry, tensors.CodedTensor) else []
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
@@ -200,7 +229,7 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
         return _BEGINNING.fullmatch(file.read(_NUM_BEGINNING)) is not None
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path) -> dict[str, Tensor | tensors.CodedTensor]:
     if not path.stat().st_size:
         raise CompressedFileError("it is empty")
     data = np.memmap(path, np.uint8, "r")
@@ -247,20 +276,20 @@ def _kinds(metadata: str, stored: set[str]) -> dict[str, Any]:
     return kinds
 
 
-def _read(file: Any, kinds: Mapping[str, Any], num_file_bytes: int) -> dict[str, Tensor]:
+def _read(file: Any, kinds: Mapping[str, Any], num_file_bytes: int) -> dict[str, Tensor | tensors.CodedTensor]:
     payloads = {name: _payload(name, file) for name, kind in kinds.items() if kind == _CODED}
     most, num_claimed = max(FREE_BYTES, MAX_EXPANSION * num_file_bytes), 0
     for name, payload in payloads.items():
-        with _Named(name):
+        with naming(name):
             num_claimed += tensors.read_info(Reader(payload)).num_bytes
             if num_claimed > most:
                 raise CompressedFileError(f"{num_file_bytes:,} bytes can't hold the {num_claimed:,} that are claimed")
-    result: dict[str, Tensor] = {}
+    result: dict[str, Tensor | tensors.CodedTensor] = {}
     budget = Budget(num_file_bytes)
     for name, kind in kinds.items():
-        with _Named(name):
+        with naming(name):
             if kind == _CODED:
-                result[name] = tensors.decode(payloads[name], budget)
+                result[name] = tensors.read(payloads[name], budget)
             elif kind == _PLAIN:
                 result[name] = _plain(name, file)
     return {name: result[kind if isinstance(kind, str) else name] for name, kind in kinds.items()}
@@ -285,15 +314,16 @@ def _plain(name: str, file: Any) -> Tensor:
     return copy
 
 
-class _Named:
-    """Says in an error which tensor it is about."""
+@contextmanager
+def naming(what: str | Path) -> Iterator[None]:
+    """Say in an error which tensor, or which file, it is about.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    Args:
+        what: The tensor's name, or the file's path.
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, CompressedFileError):
-            raise CompressedFileError(f"tensor {self._name!r}: {error}") from None
+    """
+    try:
+        yield
+    except CompressedFileError as error:
+        named = f"tensor {what!r}: {error}" if isinstance(what, str) else f"{what}: {error}."
+        raise CompressedFileError(named) from None

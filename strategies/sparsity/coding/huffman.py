@@ -6,6 +6,8 @@ decoded side by side, one table look-up a symbol. A lane costs the two bytes tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -139,16 +141,16 @@ def _decoding_table(reader: Reader, num_kinds: int) -> npt.NDArray[np.int32]:
     return np.repeat(symbols << 4 | lengths[symbols], widths).astype(np.int32)
 
 
-def decode(reader: Reader, num_symbols: int, num_kinds: int) -> npt.NDArray[np.int32]:
-    """Decode symbols.
+def read(reader: Reader, num_symbols: int, num_kinds: int) -> Callable[[], npt.NDArray[np.uint16]]:
+    """Read a code, and don't decode it.
 
     Args:
         reader: Stands where :func:`encode`'s bytes begin.
-        num_symbols: How many to decode.
+        num_symbols: How many there are.
         num_kinds: All symbols have to be below this.
 
     Returns:
-        The symbols.
+        What decodes the symbols, or raises :class:`CompressedFileError`.
 
     Raises:
         CompressedFileError: If the bytes are none that :func:`encode` writes.
@@ -157,9 +159,15 @@ def decode(reader: Reader, num_symbols: int, num_kinds: int) -> npt.NDArray[np.i
     table = _decoding_table(reader, num_kinds)
     num_lanes = _num_lanes(num_symbols)
     lane_bits = reader.take(2 * num_lanes).view("<u2").astype(np.int64)
-    ends = np.cumsum(lane_bits)
-    windows = _windows(reader.take((int(ends[-1]) + 7) // 8))
-    places, symbols = ends - lane_bits, np.empty(num_symbols, np.int32)
+    packed = reader.take((int(lane_bits.sum()) + 7) // 8)
+    return lambda: _decode(table, lane_bits, packed, num_symbols)
+
+
+def _decode(
+    table: npt.NDArray[np.int32], lane_bits: npt.NDArray[np.int64], packed: Bytes, num_symbols: int
+) -> npt.NDArray[np.uint16]:
+    num_lanes, ends, windows = len(lane_bits), np.cumsum(lane_bits), _windows(packed)
+    places, symbols = ends - lane_bits, np.empty(num_symbols, np.uint16)
     scratch, entries = np.empty(num_lanes, np.int64), np.empty(num_lanes, np.int32)
     for begin in range(0, num_symbols, num_lanes):
         num_active = min(num_lanes, num_symbols - begin)  # of the last row only the first lanes have a symbol
@@ -171,7 +179,7 @@ def decode(reader: Reader, num_symbols: int, num_kinds: int) -> npt.NDArray[np.i
         np.right_shift(entry, spare, out=spare)
         np.bitwise_and(spare, (1 << MAX_LENGTH) - 1, out=spare)
         table.take(spare, out=entry, mode="clip")
-        np.right_shift(entry, 4, out=symbols[begin : begin + num_active])
+        np.right_shift(entry, 4, out=symbols[begin : begin + num_active], casting="unsafe")
         np.bitwise_and(entry, 15, out=entry)
         np.add(at, entry, out=at)
     if not np.array_equal(places, ends):

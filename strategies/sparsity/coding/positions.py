@@ -7,11 +7,12 @@ have no memory, an entropy coder makes fillers free. With one bit this is a bitm
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from squall.kernels import ans as kernel
 
 from . import streams
 from .errors import CompressedFileError
@@ -109,16 +110,59 @@ def encode(positions: Positions, how: PositionPlan) -> bytes:
     return number(how.gap_bits) + number(how.num_fillers) + how.stream.encode(symbols)
 
 
-def decode(reader: Reader, num_positions: int, num_elements: int) -> Callable[[], Positions]:
-    """Decode distances, and make sure of them.
+class Coded(NamedTuple):
+    """Positions that have been read, and are still to be decoded.
+
+    Args:
+        stream: Their distances.
+        longest: What a filler goes on by.
+        num_positions: How many there are.
+        num_elements: All of them have to be below this.
+
+    """
+
+    stream: streams.Coded
+    longest: int
+    num_positions: int
+    num_elements: int
+
+    def positions(self) -> Positions:
+        """Decode them; once.
+
+        Raises:
+            CompressedFileError: If the bytes are none that :func:`encode` writes.
+
+        """
+        gaps = self.stream.symbols()
+        sum_up = kernel.positions if kernel.serves() else _sum_up
+        found, num_found, last = sum_up(gaps, self.longest, self.num_positions, self.num_elements)
+        if num_found != self.num_positions:
+            raise CompressedFileError(f"its gaps don't lead to {self.num_positions:,} weights")
+        if last >= self.num_elements:
+            raise CompressedFileError(f"its gaps run past the end, {self.num_elements:,} weights")
+        return found
+
+
+def _sum_up(gaps: streams.Decoded, longest: int, num_positions: int, num_elements: int) -> tuple[Positions, int, int]:
+    """As :func:`squall.kernels.ans.positions`."""
+    num_found, num_fillers = int(np.count_nonzero(gaps)), int(np.count_nonzero(gaps == 0))
+    last = int(gaps.sum(dtype=np.int64)) + num_fillers * longest - 1
+    wide = gaps.astype(np.int32 if num_elements < 1 << 31 else np.int64)
+    is_weight = gaps > 0 if num_fillers else None
+    if is_weight is not None:
+        wide[~is_weight] = longest
+    found = np.cumsum(wide, out=wide)
+    found -= 1
+    return found if is_weight is None else found[is_weight], num_found, last
+
+
+def read(reader: Reader, num_positions: int, num_elements: int) -> Coded:
+    """Read positions, and don't decode them.
 
     Args:
         reader: Stands where :func:`encode`'s bytes begin.
-        num_positions: How many to decode.
+        num_positions: How many there are.
         num_elements: All of them have to be below this.
-
-    Returns:
-        What makes the positions of them, once; so that memory is taken when all else has been read, too.
 
     Raises:
         CompressedFileError: If the bytes are none that :func:`encode` writes.
@@ -129,19 +173,5 @@ def decode(reader: Reader, num_positions: int, num_elements: int) -> Callable[[]
     if not longest:
         raise CompressedFileError("its gaps have no bits")
     num_fillers = reader.number(num_elements // longest)
-    symbols = streams.decode(reader, num_positions + num_fillers, longest + 1)
-    if int(np.count_nonzero(symbols)) != num_positions:
-        raise CompressedFileError(f"its gaps don't lead to {num_positions:,} weights")
-    if int(symbols.sum(dtype=np.int64)) + num_fillers * longest > num_elements:
-        raise CompressedFileError(f"its gaps run past the end, {num_elements:,} weights")
-
-    def positions() -> Positions:
-        is_weight = symbols > 0 if num_fillers else None
-        if is_weight is not None:
-            symbols[~is_weight] = longest
-        wide = symbols if num_elements < 1 << 31 else symbols.astype(np.int64)
-        found = np.cumsum(wide, out=wide)
-        found -= 1
-        return found if is_weight is None else found[is_weight]
-
-    return positions
+    stream = streams.read(reader, num_positions + num_fillers, longest + 1)
+    return Coded(stream, longest, num_positions, num_elements)

@@ -17,6 +17,7 @@ from squall.sparsity.report import CompressionReport
 
 from . import file, streams
 from .errors import CompressedFileError
+from .tensors import CodedTensor
 from .trees import STATE, TREE, from_tensors, to_tensors
 
 
@@ -103,7 +104,10 @@ def load_compressed(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: If it can't be read.
 
     """
-    whole, content = read_any(path)
+    return _state_dict(path, *read_any(path))
+
+
+def _state_dict(path: str | os.PathLike[str], whole: bool, content: dict[str, Any]) -> dict[str, Any]:
     if not whole:
         return content
     state_dict = content.get("state_dict")
@@ -113,6 +117,23 @@ def load_compressed(path: str | os.PathLike[str]) -> dict[str, Any]:
             " reads it."
         )
     return state_dict
+
+
+def read_coded(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the state_dict of a file of either kind, and decode none of its tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The state_dict, with a :class:`~squall.sparsity.coding.tensors.CodedTensor` where a tensor is coded.
+
+    Raises:
+        CompressedFileError: If there is none, or it is damaged.
+        OSError: If it can't be read.
+
+    """
+    return _state_dict(path, *_together(path, file.read_coded(Path(path))))
 
 
 def read_any(path: str | os.PathLike[str]) -> tuple[bool, dict[str, Any]]:
@@ -129,14 +150,18 @@ def read_any(path: str | os.PathLike[str]) -> tuple[bool, dict[str, Any]]:
         OSError: If it can't be read.
 
     """
-    tensors = file.read(Path(path))
+    return _together(path, file.read(Path(path)))
+
+
+def _together(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Put what a file has together; whether it is a whole checkpoint, and that, or a state_dict."""
     text = next((name for name in (TREE, STATE) if name in tensors), None)
     if text is None:
-        return False, tensors
-    try:
+        return False, dict(tensors)
+    with file.naming(Path(path)):
+        if isinstance(tensors[text], CodedTensor):
+            tensors = {**tensors, text: tensors[text].dense()}
         content = from_tensors(tensors, text)
-    except CompressedFileError as error:
-        raise CompressedFileError(f"{path}: {error}.") from None
     if not isinstance(content, dict):
         raise CompressedFileError(f"{path}: it is neither a checkpoint nor a state_dict.")
     return text == TREE, content

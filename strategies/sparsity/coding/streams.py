@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from squall.kernels.ans import Code
+
 from . import ans, huffman
 from .errors import CompressedFileError
 from .fields import Reader, number
@@ -25,6 +27,7 @@ _CONSTANT, _ANS, _HUFFMAN = range(3)
 _KIND = {"ans": _ANS, "huffman": _HUFFMAN}
 
 Symbols = npt.NDArray[np.int32]
+Decoded = npt.NDArray[np.uint16]
 _Counts = npt.NDArray[np.int64]
 
 
@@ -105,29 +108,64 @@ def _most_symbols(num_bytes: int) -> int:
     return _FREE_SYMBOLS + _SYMBOLS_PER_BYTE * num_bytes
 
 
-def decode(reader: Reader, num_symbols: int, num_kinds: int) -> Symbols:
-    """Decode symbols.
+class Coded:
+    """A stream that has been read, and is still to be decoded.
+
+    Args:
+        decode: What does so.
+        code: Or a code, which is sooner decoded together with others.
+
+    """
+
+    def __init__(self, decode: Callable[[], Decoded] | None = None, code: Code | None = None) -> None:
+        self._decode, self._code = decode, code
+
+    def symbols(self) -> Decoded:
+        """Decode; once, as the stream is let go of.
+
+        Raises:
+            CompressedFileError: If the bytes are no stream of so many symbols.
+
+        """
+        decode_together([self])
+        decode, self._decode = self._decode, None
+        assert decode is not None
+        return decode()
+
+
+def decode_together(coded: Sequence[Coded]) -> None:
+    """Decode streams ahead, side by side: each by itself is waiting for its own arithmetic most of the time.
+
+    Args:
+        coded: Any. What is wrong with one is said when its symbols are asked for.
+
+    """
+    waiting = [(stream, stream._code) for stream in coded if stream._code is not None]
+    for (stream, _), decode in zip(waiting, ans.decode([code for _, code in waiting]), strict=True):
+        stream._decode, stream._code = decode, None
+
+
+def read(reader: Reader, num_symbols: int, num_kinds: int) -> Coded:
+    """Read a stream, and don't decode it.
 
     Args:
         reader: Stands where the stream begins.
-        num_symbols: How many to decode.
+        num_symbols: How many there are.
         num_kinds: All symbols have to be below this.
-
-    Returns:
-        The symbols.
 
     Raises:
         CompressedFileError: If the bytes are no stream of so many symbols.
 
     """
     if not num_symbols:
-        return np.empty(0, np.int32)
+        return Coded(lambda: np.empty(0, np.uint16))
     kind = reader.number(_HUFFMAN)
     if num_symbols > _most_symbols(0 if kind == _CONSTANT else reader.num_left):
         raise CompressedFileError(f"{num_symbols:,} symbols are announced in {reader.num_left:,} bytes")
     reader.budget.spend(num_symbols)
     if kind == _CONSTANT:
-        return np.full(num_symbols, reader.number(num_kinds - 1), np.int32)
+        symbol = reader.number(num_kinds - 1)
+        return Coded(lambda: np.full(num_symbols, symbol, np.uint16))
     if kind == _HUFFMAN:
-        return huffman.decode(reader, num_symbols, num_kinds)
-    return ans.decode(reader, num_symbols, num_kinds)
+        return Coded(huffman.read(reader, num_symbols, num_kinds))
+    return Coded(code=ans.read(reader, num_symbols, num_kinds))

@@ -9,7 +9,6 @@ along columns: pruned nets have dead inputs and dead outputs, and it depends whi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,8 +165,122 @@ def read_info(reader: Reader) -> TensorInfo:
     return TensorInfo(dtype, shape)
 
 
-def decode(data: Bytes, budget: Budget | None = None) -> Tensor:
-    """Decode a tensor.
+class Live(NamedTuple):
+    """The elements of a tensor that aren't zero.
+
+    Args:
+        positions: Theirs in the flat tensor, ascending; int32 where all of the tensor's fit.
+        codes: Places in `values`, or None.
+        values: One a position; or the codebook.
+        shape: Of the tensor.
+
+    """
+
+    positions: Tensor
+    codes: Tensor | None
+    values: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def density(self) -> float:
+        """Share of the elements."""
+        return len(self.positions) / max(1, math.prod(self.shape))
+
+    def each(self) -> Tensor:
+        """Look up the value of each position."""
+        return self.values if self.codes is None else self.values[self.codes.long()]
+
+    def dense(self) -> Tensor:
+        """Build the tensor."""
+        dense = torch.zeros(math.prod(self.shape), dtype=self.values.dtype)
+        dense[self.positions.long()] = self.each()
+        return dense.reshape(self.shape)
+
+
+class CodedTensor(NamedTuple):
+    """A tensor that has been read, and is still to be decoded.
+
+    Args:
+        info: Its data type and shape.
+        layout: The flags of its layout.
+        places: Where the stored elements are; None: all are stored.
+        values: The codebook, or the elements themselves.
+        codes: Places in the codebook; None where there are no elements, or all of them are one, or each has its own.
+
+    """
+
+    info: TensorInfo
+    layout: int
+    places: positions.Coded | None
+    values: Words
+    codes: streams.Coded | None
+
+    @property
+    def num_stored(self) -> int:
+        """How many elements are stored: in a sparse layout those that aren't zero."""
+        return self.info.num_elements if self.places is None else self.places.num_positions
+
+    @property
+    def streams(self) -> list[streams.Coded]:
+        """What has to be decoded."""
+        both = (None if self.places is None else self.places.stream, self.codes)
+        return [stream for stream in both if stream is not None]
+
+    def dense(self) -> Tensor:
+        """Decode the tensor; once, as its code is let go of.
+
+        Raises:
+            CompressedFileError: If the bytes are none that :func:`encode` writes.
+
+        """
+        info = self.info
+        if not info.num_elements:
+            return torch.empty(info.shape, dtype=info.dtype)
+        places = None if self.places is None else self.places.positions()
+        values = self.values if self.codes is None else self.values[self.codes.symbols()]
+        words = np.zeros(info.num_elements, self.values.dtype.newbyteorder("="))
+        if places is None:
+            words[:] = values
+        elif len(places):
+            words[to_rows(places, info.shape) if self.layout & COLUMNS else places] = values
+        return _from_words(words, info.dtype).reshape(info.shape)
+
+    def live(self) -> Live:
+        """Decode the elements that aren't zero, and never a whole tensor of values; once.
+
+        Raises:
+            CompressedFileError: If the bytes are none that :func:`encode` writes.
+
+        """
+        values = self.values.astype(self.values.dtype.newbyteorder("="))  # a copy, of the file that may be replaced
+        codes = None if self.codes is None else self.codes.symbols()
+        if codes is None and self.layout & SHARED:  # of one value, if any
+            codes = np.zeros(self.num_stored, np.uint16)
+        if self.places is not None:
+            places = self.places.positions()
+            if self.layout & COLUMNS:
+                places = to_rows(places, self.info.shape)
+                order = np.argsort(places)
+                places = places[order]
+                codes, values = (None, values[order]) if codes is None else (codes[order], values)
+        elif codes is not None:
+            places = np.flatnonzero((values != 0)[codes]) if len(codes) else np.flatnonzero(codes)
+            codes = codes[places]
+        else:
+            places = np.flatnonzero(values)
+            values = values[places]
+        shared = None if codes is None else torch.from_numpy(codes)
+        return Live(torch.from_numpy(places), shared, _from_words(values, self.info.dtype), self.info.shape)
+
+
+def _from_words(words: Words, dtype: torch.dtype) -> Tensor:
+    if words.itemsize <= _MAX_WORD:
+        words = words.view(f"i{words.itemsize}" if words.itemsize > 1 else "u1")  # what torch and numpy share
+    return torch.from_numpy(words).view(dtype)
+
+
+def read(data: Bytes, budget: Budget | None = None) -> CodedTensor:
+    """Read a tensor, and don't decode it.
 
     Args:
         data: What :func:`encode` returned. Whoever calls this has compared what :func:`read_info` says of the size with
@@ -175,7 +288,7 @@ def decode(data: Bytes, budget: Budget | None = None) -> Tensor:
         budget: Of the file; None: one for this tensor alone.
 
     Returns:
-        The tensor.
+        The tensor, all of whose bytes have been looked at as far as it goes without decoding.
 
     Raises:
         CompressedFileError: If the bytes are none that :func:`encode` writes.
@@ -189,30 +302,19 @@ def decode(data: Bytes, budget: Budget | None = None) -> Tensor:
     word = _word(info.dtype.itemsize).newbyteorder("<")
     if layout and word.itemsize > _MAX_WORD:
         raise CompressedFileError("numbers of 16 bytes aren't coded")
-    make_places: Callable[[], positions.Positions] | None = None
-    num_stored = info.num_elements
+    places, codes, num_stored = None, None, info.num_elements
     if layout & SPARSE:
         num_stored = reader.number(info.num_elements)
-        make_places = positions.decode(reader, num_stored, info.num_elements)
+        places = positions.read(reader, num_stored, info.num_elements)
     if layout & SHARED:
-        codebook = _checked(reader.take(reader.number(MAX_VALUES) * word.itemsize).view(word), info.dtype)
-        if not len(codebook) and num_stored:
+        values = _checked(reader.take(reader.number(MAX_VALUES) * word.itemsize).view(word), info.dtype)
+        if not len(values) and num_stored:
             raise CompressedFileError("its codebook is empty")
-        values = codebook if len(codebook) < 2 else codebook[streams.decode(reader, num_stored, len(codebook))]
+        codes = streams.read(reader, num_stored, len(values)) if len(values) > 1 else None
     else:
         values = _checked(reader.take(num_stored * word.itemsize).view(word), info.dtype)
     reader.end()
-    if not info.num_elements:
-        return torch.empty(info.shape, dtype=info.dtype)
-    words = np.zeros(info.num_elements, word.newbyteorder("="))
-    if make_places is None:
-        words[:] = values
-    elif num_stored:
-        places = make_places()
-        words[to_rows(places, info.shape) if layout & COLUMNS else places] = values
-    if word.itemsize <= _MAX_WORD:
-        words = words.view(f"i{word.itemsize}" if word.itemsize > 1 else "u1")  # what torch and numpy share
-    return torch.from_numpy(words).view(info.dtype).reshape(info.shape)
+    return CodedTensor(info, layout, places, values, codes)
 
 
 def _checked(values: Words, dtype: torch.dtype) -> Words:

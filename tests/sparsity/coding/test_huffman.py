@@ -73,13 +73,13 @@ def test_round_trip(num_symbols, num_kinds, skew, seed):
     data = huffman.encode(symbols, counts)
     assert len(data) == huffman.size(counts)
     reader = Reader(np.frombuffer(data, np.uint8))
-    assert np.array_equal(huffman.decode(reader, len(symbols), num_kinds), symbols)
+    assert np.array_equal(huffman.read(reader, len(symbols), num_kinds)(), symbols)
     reader.end()
 
 
 def decode(data, num_symbols=8, num_kinds=4):
     reader = Reader(np.frombuffer(data, np.uint8))
-    symbols = huffman.decode(reader, num_symbols, num_kinds)
+    symbols = huffman.read(reader, num_symbols, num_kinds)()
     reader.end()
     return symbols
 

@@ -14,7 +14,7 @@ from squall.sparsity.coding.fields import Reader, number
 
 def decoded(data, num_positions, num_elements):
     reader = Reader(np.frombuffer(data, np.uint8))
-    found = positions.decode(reader, num_positions, num_elements)()
+    found = positions.read(reader, num_positions, num_elements).positions()
     reader.end()
     return found
 
@@ -40,7 +40,7 @@ def test_gaps_and_fillers_by_hand():
     how = positions.plan(places, "huffman", gap_bits=2)
     assert how.num_fillers == 2
     assert how.num_symbols == 5
-    symbols = streams.decode(Reader(np.frombuffer(positions.encode(places, how)[2:], np.uint8)), 5, 4)
+    symbols = streams.read(Reader(np.frombuffer(positions.encode(places, how)[2:], np.uint8)), 5, 4).symbols()
     assert symbols.tolist() == [1, 2, 0, 0, 1]
 
 

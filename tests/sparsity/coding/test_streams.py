@@ -14,7 +14,7 @@ from squall.sparsity.coding.fields import Reader, number
 
 def decoded(data, num_symbols, num_kinds):
     reader = Reader(np.frombuffer(data, np.uint8))
-    symbols = streams.decode(reader, num_symbols, num_kinds)
+    symbols = streams.read(reader, num_symbols, num_kinds).symbols()
     reader.end()
     return symbols
 

@@ -37,7 +37,7 @@ def test_round_trip(coder, tensor, gap_bits):
     if data is None:
         assert figures.num_bytes == tensor.nbytes
     else:
-        assert same(tensors.decode(data), tensor)
+        assert same(tensors.read(data).dense(), tensor)
         assert figures.num_bytes == len(data)
         assert len(data) < tensor.nbytes or tensor.dtype in tensors._FOREIGN
 
@@ -52,7 +52,7 @@ def test_every_dtype_in_every_layout(dtype, coder):
         if data is not None:
             layouts.add(layout_of(data) & ~ways.COLUMNS)
             assert layout_of(data) == 0 or dtype.itemsize < 16
-            assert same(tensors.decode(data), tensor), (kind, density)
+            assert same(tensors.read(data).dense(), tensor), (kind, density)
     assert layouts
 
 
@@ -68,7 +68,7 @@ def test_every_way_there_is_comes_back(layout, tensor, coder):
         if words.itemsize < 16 and way.layout == layout and np.isfinite(way.num_bytes) and tensor.numel():
             head = number(tensors.DTYPES.index(tensor.dtype)) + number(tensor.dim())
             body = b"".join(map(number, tensor.shape)) + number(layout) + b"".join(way.encode())
-            assert same(tensors.decode(np.frombuffer(head + body, np.uint8)), tensor)
+            assert same(tensors.read(np.frombuffer(head + body, np.uint8)).dense(), tensor)
             assert abs(len(b"".join(way.encode())) - way.num_bytes) <= 17  # a word or two a stream
 
 
@@ -119,7 +119,7 @@ def test_dead_inputs_and_dead_outputs_cost_next_to_nothing(axis):
     tensor = tensor.masked_fill(dead, 0)
     data, figures = encode(tensor)
     assert layout_of(data) & ways.COLUMNS == (ways.COLUMNS if axis else 0)
-    assert same(tensors.decode(data), tensor)
+    assert same(tensors.read(data).dense(), tensor)
     assert figures.coded_index_bits < 0.85 * 0.2864 / 0.05  # of independent positions at 5 %
 
 
@@ -127,21 +127,21 @@ def test_sixteen_bit_floats_that_nothing_has_shared_are_coded_all_the_same():
     tensor = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).bfloat16()
     data, figures = encode(tensor)
     assert figures.num_bytes < 0.75 * tensor.nbytes
-    assert same(tensors.decode(data), tensor)
+    assert same(tensors.read(data).dense(), tensor)
 
 
 @pytest.mark.parametrize("turn", [lambda t: t.t(), lambda t: t[::2, 1::3], lambda t: t[3:, 5:]])
 def test_views(turn):
     tensor = turn(make("shared", torch.float32, (60, 90), 0.1, 0))
-    assert same(tensors.decode(encode(tensor)[0]), tensor)
+    assert same(tensors.read(encode(tensor)[0]).dense(), tensor)
 
 
 def test_conjugates():
     tensor = make("shared", torch.complex64, (600,), 0.1, 0).conj()
-    assert same(tensors.decode(encode(tensor)[0]), tensor.resolve_conj())
+    assert same(tensors.read(encode(tensor)[0]).dense(), tensor.resolve_conj())
     negative = torch._neg_view(make("shared", torch.float32, (600,), 0.1, 0))
     assert negative.is_neg()
-    assert same(tensors.decode(encode(negative)[0]), negative.resolve_neg())
+    assert same(tensors.read(encode(negative)[0]).dense(), negative.resolve_neg())
 
 
 def head(*numbers):
@@ -173,7 +173,7 @@ FLOAT32, BOOL = tensors.DTYPES.index(torch.float32), tensors.DTYPES.index(torch.
 )
 def test_bytes_that_are_no_tensor(data, words):
     with pytest.raises(CompressedFileError, match=words):
-        tensors.decode(np.frombuffer(data, np.uint8))
+        tensors.read(np.frombuffer(data, np.uint8)).dense()
 
 
 def test_a_shape_is_read_without_being_allocated():
