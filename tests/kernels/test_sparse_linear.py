@@ -1,8 +1,11 @@
 """Sparse matrices times vectors against dense ones in double precision, whatever path serves."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from squall import kernels
@@ -13,6 +16,7 @@ from squall.kernels.sparse_linear import (
     pack_dense,
     pack_live,
     pack_values,
+    packing,
     sparse_linear,
     sparse_linear_live,
     sparse_weight_grad,
@@ -280,7 +284,7 @@ ONE = torch.tensor([1.0])
         (lambda: pack_values(torch.tensor([-1]), ONE, (2, 2)), "positions must be in a matrix"),
         (
             lambda: pack_values(torch.tensor([1.0]), ONE, (2, 2)),
-            "positions must be one row of int64, got torch.float32",
+            "positions must be one row of int32 or int64, got torch.float32",
         ),
         (lambda: pack_values(torch.tensor([1, 2]), ONE, (2, 2)), "values must be as many as positions, 2, got 1"),
         (lambda: pack_values(torch.tensor([1]), ONE, (2,)), r"shape must be \(outputs, inputs\)"),
@@ -332,3 +336,21 @@ def test_trained_values_are_sent_elsewhere():
 
 def test_available_tells(path):
     assert kernels.available()["sparse_linear"] == path
+
+
+@given(st.integers(0, 150), st.integers(0, 400), st.floats(0, 1), st.integers(1, 200), st.sampled_from([1, 4, 8]))
+@settings(max_examples=80, deadline=None)
+def test_weights_are_packed_alike_by_loops_and_in_numpy(num_rows, num_columns, density, row_block, width):
+    places = positions_of(sparse(num_rows, num_columns, density)).numpy()
+    values = np.arange(1, len(places) + 1).astype({1: np.uint8, 4: np.float32, 8: np.float64}[width])
+    row_block = max(1, min(row_block, num_rows))
+    results = []
+    for isa, of_dtype in (("torch", np.int64), (native.isa(), np.int64), (native.isa(), np.int32)):
+        with native.forced(isa):
+            arranged = packing.arrange(places.astype(of_dtype), num_rows, num_columns, row_block)
+            full = arranged.lengths > 0
+            results.append((*arranged.fill(values), arranged.slots(), arranged.first_slots[full], *arranged[3:]))
+    for result in results[1:]:
+        for ours, expected in zip(result, results[0], strict=True):
+            assert ours.dtype == expected.dtype
+            assert np.array_equal(ours, expected)

@@ -164,12 +164,13 @@ def workspace(num: int, name: str) -> torch.Tensor:
     return result
 
 
-def function(name: str, *argument_types: Any) -> Any:
+def function(name: str, *argument_types: Any, returns: Any = None) -> Any:
     """Find a function of the library.
 
     Args:
         name: Its name.
         argument_types: Of ctypes.
+        returns: Likewise, if it returns anything.
 
     Returns:
         The function; None if there is no library.
@@ -179,11 +180,11 @@ def function(name: str, *argument_types: Any) -> Any:
         return None
     found = getattr(_library, name)
     found.argtypes = argument_types
-    found.restype = None
+    found.restype = returns
 
-    def call(*arguments: Any) -> None:
+    def call(*arguments: Any) -> Any:
         # ctypes takes more arguments than it was told of, and guesses what they are.
         assert len(arguments) == len(argument_types), name
-        found(*arguments)
+        return found(*arguments)
 
     return call

@@ -135,3 +135,42 @@ SQUALL_EXPORT void squall_sparse_conv_weight_grad(const float *packed, const flo
     count_tiles(&conv);
     squall_parallel(SQUALL_PICK(weight_grad), &conv, groups * slices, num_threads);
 }
+
+/* What the kernel reads for each live weight, and in which order: that of groups, blocks of channels and outputs, which
+ * `starts` counts (it has room for one more, and is all zeros). `taps` are the offsets of a kernel's places. Positions
+ * ascend; `inputs` and `outputs` are those of a group. */
+SQUALL_EXPORT void squall_sparse_conv_plan(const int64_t *positions, int64_t num, int64_t inputs, int64_t outputs,
+                                           int64_t groups, int64_t blocks, int64_t block_size, int64_t channel_size,
+                                           const int64_t *taps, int64_t area, int64_t *starts, int64_t *order,
+                                           int32_t *offsets)
+{
+    /* Twice the same walk: it counts, and then each weight has its place. */
+    for (int places = 0; places < 2; places++) {
+        int64_t output = -1, end = 0, *row = NULL;
+        uint32_t width = (uint32_t)area, size = (uint32_t)block_size;
+        for (int64_t i = 0; i < num; i++) {
+            if (positions[i] >= end) {
+                output = positions[i] / (inputs * area);
+                end = (output + 1) * inputs * area;
+                row = starts + output / outputs * blocks * outputs + output % outputs + !places;
+            }
+            uint32_t rest = (uint32_t)(positions[i] - (end - inputs * area)), channel = rest / width;
+            uint32_t block = channel / size;
+            if (!places) {
+                row[block * outputs]++;
+                continue;
+            }
+            int64_t at = row[block * outputs]++;
+            order[at] = i;
+            offsets[at] = (int32_t)((channel - block * size) * channel_size + taps[rest - channel * width]);
+        }
+        int64_t keys = groups * blocks * outputs;
+        if (!places)
+            for (int64_t key = 0; key < keys; key++)
+                starts[key + 1] += starts[key];
+        else { /* each has come to where the next one starts */
+            memmove(starts + 1, starts, (size_t)keys * sizeof *starts);
+            starts[0] = 0;
+        }
+    }
+}

@@ -6,6 +6,7 @@ training between changes of the mask.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _PENALTIES = {1: 1.7, 2: 1.7, 4: 1.6, 8: 1.3, 16: 1.0}
 """By samples side by side: what loads cost that don't begin where a line of the cache does."""
 _MOVES = {1: 0.2, 16: 0.8}
 """Likewise: what it costs to bring a number there, in products of a register; 2.5 for the others."""
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
+_plan_kernel = native.function("squall_sparse_conv_plan", _POINTER, *[_LONG] * 7, _POINTER, _LONG, *[_POINTER] * 3)
 
 
 class Sizes(NamedTuple):
@@ -140,23 +143,15 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
         The plan, for the instruction set in use.
 
     """
-    num_outputs, num_inputs, kernel_height, kernel_width = sizes.weight
+    _, num_inputs, kernel_height, kernel_width = sizes.weight
     lanes = _lanes(sizes, len(positions))
     rows = _shifts(kernel_height, sizes.dilation[0], sizes.padding[0], sizes.stride[0])
     columns = _shifts(kernel_width, sizes.dilation[1], sizes.padding[1], sizes.stride[1])
     packing = _pack(sizes, lanes, rows, columns)
-    outputs = num_outputs // sizes.groups
     density = len(positions) / max(1, math.prod(sizes.weight))
     tile, row_tiles, block_size = _tile(sizes, packing, rows, columns, density)
     num_blocks = -(-num_inputs // block_size)
 
-    column = positions % kernel_width
-    row = positions // kernel_width % kernel_height
-    channel = positions // (kernel_width * kernel_height) % num_inputs
-    output = positions // (kernel_width * kernel_height * num_inputs)
-    key = (output // outputs * num_blocks + channel // block_size) * outputs + output % outputs
-    counts = torch.bincount(key, minlength=sizes.groups * num_blocks * outputs)
-    order = torch.argsort(key, stable=True)
     phases = {phase: index for index, phase in enumerate(packing.phases)}
     taps = torch.tensor(
         [
@@ -166,11 +161,25 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
         ],
         dtype=torch.int64,
     )
-    offsets = channel % block_size * packing.channel_size + taps[row * kernel_width + column]
+    order, offsets, starts = _order(positions, sizes, block_size, packing.channel_size, taps)
     return Plan(
-        sizes, packing, _pack_output(sizes, packing), block_size, num_blocks, tile, row_tiles, order,
-        offsets[order].to(torch.int32), torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+        sizes, packing, _pack_output(sizes, packing), block_size, num_blocks, tile, row_tiles, order, offsets, starts
     )  # fmt: skip
+
+
+def _order(
+    positions: Tensor, sizes: Sizes, block_size: int, channel_size: int, taps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring weights into the kernel's order; returns that, where each reads, and where those of each output begin."""
+    num_outputs, num_inputs, *kernel = sizes.weight
+    outputs, num_blocks, positions = num_outputs // sizes.groups, -(-num_inputs // block_size), positions.contiguous()
+    starts = torch.zeros(sizes.groups * num_blocks * outputs + 1, dtype=torch.int64)
+    order, offsets = torch.empty_like(positions), torch.empty(len(positions), dtype=torch.int32)
+    _plan_kernel(
+        positions.data_ptr(), len(positions), num_inputs, outputs, sizes.groups, num_blocks, block_size, channel_size,
+        taps.data_ptr(), math.prod(kernel), starts.data_ptr(), order.data_ptr(), offsets.data_ptr(),
+    )  # fmt: skip
+    return order, offsets, starts
 
 
 def _lanes(sizes: Sizes, num_live: int) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from squall.kernels import native
 
-from .packed import TILE_COLUMNS, PackedWeight
+from .packed import PackedWeight
+from .packing import TILE_COLUMNS
 from .torch_path import torch_forward, torch_input_grad, torch_weight_grad
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

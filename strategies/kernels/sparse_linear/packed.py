@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-TILE_COLUMNS, SLICE, ROW_BLOCK = 127, 64, 2048  # the first two as in kernel.c
-_FILL = TILE_COLUMNS  # the column of what fills up a slice
+from .packing import Arranged, arrange
+
+ROW_BLOCK = 2048
 _MOST_CODES = 256
 
 
@@ -141,7 +140,7 @@ def pack_values(positions: Tensor, values: Tensor, shape: tuple[int, int], row_b
     """Pack weights given by their positions.
 
     Args:
-        positions: int64, ascending: places in the matrix, counted row by row.
+        positions: int64 or int32, ascending: places in the matrix, counted row by row.
         values: As many, float32 or float64.
         shape: Outputs and inputs.
         row_block: As of :func:`pack_dense`.
@@ -164,7 +163,7 @@ def pack_codes(
     """Pack weights given by their positions, and their values by their places in a codebook.
 
     Args:
-        positions: int64, ascending: places in the matrix, counted row by row.
+        positions: int64 or int32, ascending: places in the matrix, counted row by row.
         codes: As many, uint8.
         codebook: Up to 256 values, float32 or float64. Up to 32 are looked up fastest.
         shape: Outputs and inputs.
@@ -197,7 +196,8 @@ def pack_live(
         tensor([1, 0], dtype=torch.int32)
 
     """
-    packed, slots = _pack(positions, None, values, shape, row_block)
+    packed, arranged = _pack(positions, None, values, shape, row_block)
+    slots = arranged.slots()
     positions = positions.detach().cpu()
     edges = torch.arange(shape[0] + 1) * shape[1]
     row_starts = torch.searchsorted(positions, edges)
@@ -214,8 +214,10 @@ def _check(positions: Tensor, codes: Tensor | None, values: Tensor, shape: tuple
         raise ValueError(f"row_block must be from 1 to 32767 rows, got {row_block}")
     if values.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} must be float32 or float64, got {values.dtype}; convert it, e.g. by .float()")
-    if positions.ndim != 1 or positions.dtype != torch.int64:
-        raise ValueError(f"positions must be one row of int64, got {positions.dtype} of shape {tuple(positions.shape)}")
+    if positions.ndim != 1 or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"positions must be one row of int32 or int64, got {positions.dtype} of shape {tuple(positions.shape)}"
+        )
     for given, of in ((values, name), (codes, "codes")):
         if given is not None and given.ndim != 1:
             raise ValueError(f"{of} must have one dimension, got shape {tuple(given.shape)}")
@@ -232,80 +234,37 @@ def _check(positions: Tensor, codes: Tensor | None, values: Tensor, shape: tuple
             raise ValueError(f"codebook must have at most {_MOST_CODES} values, got {len(values)}")
         if len(codes) and int(codes.max()) >= len(values):
             raise ValueError(f"codes must be below the codebook's {len(values)} values, got {int(codes.max())}")
-    if len(positions):
-        low, high = int(positions[0]), int(positions[-1])
-        if bool((positions[1:] <= positions[:-1]).any()):
-            raise ValueError("positions must ascend, each larger than the one before it; sort them with the values")
-        if low < 0 or high >= math.prod(shape):
-            raise ValueError(
-                f"positions must be in a matrix of {shape[0]} x {shape[1]}, from 0 to {math.prod(shape) - 1},"
-                f" got {low} to {high}"
-            )
 
 
 def _pack(
     positions: Tensor, codes: Tensor | None, values: Tensor, shape: tuple[int, int], row_block: int
-) -> tuple[PackedWeight, NDArray[np.int64]]:
-    """Pack; returns each weight's slot as well."""
+) -> tuple[PackedWeight, Arranged]:
+    """Pack; returns where weights went as well."""
     _check(positions, codes, values, shape, row_block)
     num_rows, num_columns = shape
     row_block = max(1, min(row_block, num_rows))
-    num_blocks, num_tiles = -(-num_rows // row_block), -(-num_columns // TILE_COLUMNS)
-    places = positions.detach().cpu().numpy()
-    row_of, column_of = np.divmod(places, max(1, num_columns))
-    tile_of = column_of // TILE_COLUMNS
-    column_of -= tile_of * TILE_COLUMNS
-    run_of = row_of * num_tiles + tile_of  # a row's weights in one tile follow each other
-    lengths = np.bincount(run_of, minlength=num_rows * num_tiles)
-    step_of = np.arange(len(places)) - (np.cumsum(lengths) - lengths)[run_of]
-
-    # Sort the rows of each tile; short last blocks get rows of no length, which are in no slice.
-    height = -(-row_block // SLICE) * SLICE
-    padded = np.zeros((num_blocks, height, num_tiles), np.int64)
-    for block in range(num_blocks):
-        part = lengths.reshape(num_rows, num_tiles)[block * row_block : (block + 1) * row_block]
-        padded[block, : len(part)] = part
-    padded = padded.transpose(0, 2, 1).reshape(num_blocks * num_tiles, height)
-    order = np.argsort(-padded, axis=1, kind="stable")
-    descending = np.take_along_axis(padded, order, axis=1)
-    depth = descending[:, ::SLICE]  # a slice is as long as its first row
-    is_slice = depth > 0
-    slice_of = np.cumsum(is_slice).reshape(is_slice.shape) - 1
-    starts = np.concatenate([[0], np.cumsum(depth[is_slice])]).astype(np.int64)
-    tiles = np.concatenate([[0], np.cumsum(is_slice.sum(1))]).astype(np.int64)
-    lanes = np.where(descending > 0, order, row_block).astype(np.int16)
-    rows = lanes.reshape(*is_slice.shape, SLICE)[is_slice]
-
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(height), order.shape), axis=1)
-    first_slot = starts[slice_of.ravel()].reshape(slice_of.shape) if len(starts) > 1 else slice_of
-    first_slot = np.take_along_axis(first_slot, rank // SLICE, axis=1) * SLICE + rank % SLICE  # of (tile, row)
-    first_slot = first_slot.reshape(num_blocks, num_tiles, height).transpose(0, 2, 1)[:, :row_block]
-    first_slot = np.ascontiguousarray(first_slot).reshape(-1)  # of (row, tile), as runs are
-    slots = first_slot[run_of] + step_of * SLICE
-
-    num_slots = int(starts[-1]) * SLICE
-    columns = np.full(num_slots, _FILL, np.uint8)
-    columns[slots] = column_of
-    columns = columns.reshape(-1, 4, 4, 4).transpose(0, 2, 1, 3).reshape(-1)
-
-    def fill(given: Tensor) -> Tensor:
-        host = given.detach().cpu().numpy()
-        filled = np.zeros(num_slots, host.dtype)
-        filled[slots] = host
-        return torch.from_numpy(filled).to(values.device)
-
+    arranged = arrange(positions.detach().cpu().numpy(), num_rows, num_columns, row_block)
+    if arranged is None:
+        low, high = int(positions[0]), int(positions[-1])
+        if bool((positions[1:] <= positions[:-1]).any()):
+            raise ValueError("positions must ascend, each larger than the one before it; sort them with the values")
+        raise ValueError(
+            f"positions must be in a matrix of {num_rows} x {num_columns}, from 0 to {math.prod(shape) - 1},"
+            f" got {low} to {high}"
+        )
+    columns, filled = arranged.fill((values if codes is None else codes).detach().cpu().numpy())
     device = values.device
+    slots = torch.from_numpy(filled).to(device)
     packed = PackedWeight(
         columns=torch.from_numpy(columns).to(device),
-        codes=None if codes is None else fill(codes),
-        values=fill(values) if codes is None else values.detach().clone().contiguous(),
-        rows=torch.from_numpy(np.ascontiguousarray(rows).reshape(-1)).to(device),
-        starts=torch.from_numpy(starts).to(device),
-        tiles=torch.from_numpy(tiles).to(device),
+        codes=None if codes is None else slots,
+        values=slots if codes is None else values.detach().clone().contiguous(),
+        rows=torch.from_numpy(arranged.rows).to(device),
+        starts=torch.from_numpy(arranged.starts).to(device),
+        tiles=torch.from_numpy(arranged.tiles).to(device),
         num_rows=num_rows,
         num_columns=num_columns,
         row_block=row_block,
-        num_live=len(places),
+        num_live=len(positions),
     )
-    return packed, slots
+    return packed, arranged

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .packed import SLICE, TILE_COLUMNS
+from .packing import SLICE, TILE_COLUMNS
 
 if TYPE_CHECKING:
     from .packed import PackedWeight

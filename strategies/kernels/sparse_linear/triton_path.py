@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packed import SLICE, TILE_COLUMNS, PackedWeight
+from .packed import PackedWeight
+from .packing import SLICE, TILE_COLUMNS
 
 
 @triton.jit  # type: ignore[untyped-decorator]
