@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from .assembling import DENSEST, assemble, can_be_sparse, copy_module
 from .fusing import fuse_relu
-from .sparse_layers import MaxPool2d, SparseConv2d, SparseLinear, padding_of
+from .sparse_layers import MaxPool2d, SparseConv2d, SparseLinear
 
-_DENSEST = 0.7  # share of live weights above which nobody needs to measure
 _MOST_SECONDS = 1.0  # of a layer's measurement
 
 
@@ -32,10 +32,11 @@ class LayerChoice:
         density: Share of the weights that aren't zero.
         dense_bytes: Of the dense weight.
         sparse_bytes: Of what the sparse layer reads in its place.
-        dense_flops: Of the example input.
+        is_sparse: Whether it is the sparse layer that runs: the faster one, where both were measured.
+        dense_flops: Of the example input; NaN if none was run.
         sparse_flops: Likewise, of live weights alone.
-        dense_ms: Milliseconds of the dense layer, the median.
-        sparse_ms: Of the sparse one; NaN if there was none to measure.
+        dense_ms: Milliseconds of the dense layer, the median; NaN if it wasn't measured.
+        sparse_ms: Of the sparse one, likewise.
 
     """
 
@@ -44,15 +45,11 @@ class LayerChoice:
     density: float
     dense_bytes: int
     sparse_bytes: int
-    dense_flops: float
-    sparse_flops: float
-    dense_ms: float
-    sparse_ms: float
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether the sparse layer was faster."""
-        return self.sparse_ms < self.dense_ms
+    is_sparse: bool
+    dense_flops: float = math.nan
+    sparse_flops: float = math.nan
+    dense_ms: float = math.nan
+    sparse_ms: float = math.nan
 
 
 class InferenceReport(list[LayerChoice]):
@@ -91,11 +88,20 @@ class InferenceReport(list[LayerChoice]):
 
 
 def _pair(dense: float, sparse: float) -> str:
+    if math.isnan(dense):
+        return "-"
     return f"{dense:.3g}" if math.isnan(sparse) else f"{dense:.3g} > {sparse:.3g}"
 
 
 @torch.no_grad()
-def to_inference(module: nn.Module, example_input: Any, *, num_runs: int = 7, show: bool = True) -> nn.Module:
+def to_inference(
+    module: nn.Module,
+    example_input: Any = None,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    num_runs: int = 7,
+    show: bool = True,
+) -> nn.Module:
     """Make a copy of a module whose linear layers and convolutions run sparse where that is faster here.
 
     Each layer is run both ways with what the example input brings to it, in turn, on as many threads as torch has now;
@@ -106,10 +112,18 @@ def to_inference(module: nn.Module, example_input: Any, *, num_runs: int = 7, sh
     Weights that are zero count as absent: prune first, or load what :class:`~squall.sparsity.DeepCompression` has
     written. Layers with few different values keep a codebook of them.
 
+    With `path` the weights are those of a compressed file, and never become dense: layers are made of the positions and
+    codes in it. So nothing is measured, and what the file has 70 % of or less runs sparse. The other layers, those
+    that share their weights, and biases are as they always are.
+
     Args:
-        module: A trained module; it stays as it is.
-        example_input: A tensor, or a tuple of positional arguments: of the size that will be run.
-        num_runs: How often a layer is run each way, at least.
+        module: A trained module; it stays as it is. With `path` its own weights don't matter: build it under
+            ``torch.device("meta")``, and it takes neither memory nor time.
+        example_input: A tensor, or a tuple of positional arguments: of the size that will be run. With `path` it is run
+            once if it is given, so that the first batch finds everything prepared.
+        path: What :func:`~squall.sparsity.save_compressed`, :class:`~squall.sparsity.DeepCompression` or
+            ``squall-compress`` has written for this module, or a compressed checkpoint.
+        num_runs: How often a layer is run each way, at least; without `path`.
         show: Whether to print the table.
 
     Returns:
@@ -117,7 +131,9 @@ def to_inference(module: nn.Module, example_input: Any, *, num_runs: int = 7, sh
         (:class:`InferenceReport`).
 
     Raises:
-        ValueError: ``num_runs`` is below 1.
+        ValueError: ``num_runs`` is below 1, there is neither an example nor a file, or the file isn't of this module:
+            the message names the key.
+        CompressedFileError: The file is damaged.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
@@ -129,17 +145,17 @@ def to_inference(module: nn.Module, example_input: Any, *, num_runs: int = 7, sh
     """
     if num_runs < 1:
         raise ValueError(f"num_runs={num_runs} must be at least 1")
-    result = _copy(module).eval()
+    if example_input is None and path is None:
+        raise ValueError("to_inference needs an example_input, to measure with, or the path of a compressed file.")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    inputs = _inputs_of(result, arguments)
-    report, faster = InferenceReport(), dict[nn.Module, nn.Module]()
-    for layer, (name, x) in inputs.items():
-        choice, sparse = _measure(name, layer, x, num_runs)
-        report.append(choice)
-        if sparse is not None and choice.is_sparse:
-            faster[layer] = sparse
-    if isinstance(replacement := faster.get(result), nn.Module):
-        result = replacement
+    faster = dict[nn.Module, nn.Module]()
+    if path is None:
+        result = copy_module(module, {}).eval()
+        report = _measure_all(result, arguments, num_runs, faster)
+        result = faster.get(result, result)
+    else:
+        result, layers = assemble(module, path)
+        report = InferenceReport(_unmeasured(name, *layer) for name, layer in layers.items())
     for parent in list(result.modules()):
         for name, child in list(parent.named_children()):
             if child in faster:
@@ -149,16 +165,34 @@ def to_inference(module: nn.Module, example_input: Any, *, num_runs: int = 7, sh
     result = fuse_relu(result).eval()
     for parameter in result.parameters():
         parameter.requires_grad_(False)
+    if path is not None and example_input is not None:
+        result(*arguments)
     result.inference_report = report  # type: ignore[assignment]
     if show:
         Console().print(report.table())
     return result
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """Copy a module without the Trainer that it may be attached to."""
-    others = (getattr(module, name, None) for name in ("_trainer", "_fabric"))
-    return copy.deepcopy(module, {id(other): None for other in others if other is not None})
+def _measure_all(
+    module: nn.Module, arguments: tuple[Any, ...], num_runs: int, faster: dict[nn.Module, nn.Module]
+) -> InferenceReport:
+    """Measure each layer both ways; `faster` gets those that are to be replaced."""
+    report = InferenceReport()
+    for layer, (name, x) in _inputs_of(module, arguments).items():
+        choice, sparse = _measure(name, layer, x, num_runs)
+        report.append(choice)
+        if sparse is not None and choice.is_sparse:
+            faster[layer] = sparse
+    return report
+
+
+def _unmeasured(name: str, layer: nn.Module, density: float) -> LayerChoice:
+    is_sparse = isinstance(layer, SparseConv2d | SparseLinear)
+    weight: Any = None if is_sparse else layer.weight
+    shape = tuple(layer.weight_shape if weight is None else weight.shape)  # type: ignore[arg-type]
+    dtype: torch.dtype = layer.values.dtype if weight is None else weight.dtype  # type: ignore[union-attr,assignment]
+    num_bytes: Any = layer.num_bytes if is_sparse else 0
+    return LayerChoice(name, shape, density, math.prod(shape) * dtype.itemsize, num_bytes, is_sparse)
 
 
 def _inputs_of(module: nn.Module, arguments: tuple[Any, ...]) -> dict[nn.Module, tuple[str, Tensor]]:
@@ -187,27 +221,24 @@ def _measure(name: str, layer: nn.Module, x: Tensor, num_runs: int) -> tuple[Lay
     density = num_live / max(1, weight.numel())
     output = layer(x)
     outputs = output.numel() / max(1, weight.shape[0])  # how often each weight is used
-    sparse = _sparse(layer) if density <= _DENSEST else None
+    sparse = _sparse(layer) if density <= DENSEST else None
     ways: list[Callable[[Tensor], Tensor]] = [layer] if sparse is None else [layer, sparse]
     times = [statistics.median(of_one) for of_one in _time(ways, x, num_runs)]
     choice = LayerChoice(
         name, tuple(weight.shape), density, weight.numel() * weight.element_size(),
-        0 if sparse is None else sparse.num_bytes, 2.0 * outputs * weight.numel(), 2.0 * outputs * num_live,
+        0 if sparse is None else sparse.num_bytes, sparse is not None and times[1] < times[0],
+        2.0 * outputs * weight.numel(), 2.0 * outputs * num_live,
         1e3 * times[0], 1e3 * times[1] if sparse is not None else math.nan,
     )  # fmt: skip
     return choice, sparse
 
 
 def _sparse(layer: nn.Module) -> SparseConv2d | SparseLinear | None:
-    if layer.weight.dtype not in (torch.float32, torch.float64):  # type: ignore[union-attr]
+    if layer.weight.dtype not in (torch.float32, torch.float64) or not can_be_sparse(layer):  # type: ignore[union-attr]
         return None
     if isinstance(layer, nn.Linear):
         return SparseLinear.from_dense(layer)
     assert isinstance(layer, nn.Conv2d)
-    try:
-        padding_of(layer)
-    except ValueError:
-        return None
     return SparseConv2d.from_dense(layer)
 
 

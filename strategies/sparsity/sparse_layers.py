@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from squall.kernels import max_pool2d, sparse_conv2d, sparse_linear
 from squall.kernels.sparse_linear import PackedWeight, pack_codes, pack_values
 
-_MOST_CODES = 256
+MOST_CODES = 256
 
 
 class SparseConv2d(nn.Module):
@@ -143,6 +143,11 @@ class SparseLinear(nn.Module):
         return cls(pack(positions, weight.flatten()[positions], (weight.shape[0], weight.shape[1])), bias, relu)
 
     @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self._numbers["num_rows"], self._numbers["num_columns"]
+
+    @property
     def packed(self) -> PackedWeight:
         """The weights."""
         parts = {name: getattr(self, name) for name in PackedWeight._fields if name not in self._numbers}
@@ -174,9 +179,9 @@ def pack(positions: Tensor, values: Tensor, shape: tuple[int, int]) -> PackedWei
 
     """
     # A look at some of them is enough for most that aren't shared.
-    if len(torch.unique(values[: 16 * _MOST_CODES])) <= _MOST_CODES:
+    if len(torch.unique(values[: 16 * MOST_CODES])) <= MOST_CODES:
         codebook, codes = torch.unique(values, return_inverse=True)
-        if len(codebook) <= _MOST_CODES:
+        if len(codebook) <= MOST_CODES:
             return pack_codes(positions, codes.to(torch.uint8), codebook, shape)
     return pack_values(positions, values, shape)
 

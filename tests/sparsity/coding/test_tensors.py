@@ -68,7 +68,13 @@ def test_every_way_there_is_comes_back(layout, tensor, coder):
         if words.itemsize < 16 and way.layout == layout and np.isfinite(way.num_bytes) and tensor.numel():
             head = number(tensors.DTYPES.index(tensor.dtype)) + number(tensor.dim())
             body = b"".join(map(number, tensor.shape)) + number(layout) + b"".join(way.encode())
-            assert same(tensors.read(np.frombuffer(head + body, np.uint8)).dense(), tensor)
+            data = np.frombuffer(head + body, np.uint8)
+            assert same(tensors.read(data).dense(), tensor)
+            if tensor.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+                live = tensors.read(data).live()
+                assert same(live.dense(), tensor)
+                assert len(live.positions) == len(places)
+                assert (live.positions.diff() > 0).all()
             assert abs(len(b"".join(way.encode())) - way.num_bytes) <= 17  # a word or two a stream
 
 

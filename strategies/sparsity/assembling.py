@@ -1,0 +1,175 @@
+"""A module for inference put together from a compressed file: sparse layers straight from positions and codes."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from squall.kernels.sparse_linear import pack_codes, pack_values
+
+from .coding import file, streams
+from .coding.state import read_coded
+from .coding.tensors import CodedTensor, Live
+from .sparse_layers import MOST_CODES, SparseConv2d, SparseLinear, padding_of
+
+DENSEST = 0.7  # share of live weights above which nobody needs to measure
+
+
+def assemble(module: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, tuple[nn.Module, float]]]:
+    """Make a copy of a module with the weights of a file.
+
+    Args:
+        module: Its own weights don't matter, and may be on the meta device.
+        path: What :func:`~squall.sparsity.save_compressed` has written.
+
+    Returns:
+        The copy, in evaluation mode; and its linear layers and convolutions by name, sparse or dense, with their
+        densities.
+
+    Raises:
+        CompressedFileError: The file is damaged.
+        ValueError: It isn't of this module.
+
+    """
+    entries = read_coded(path)
+    expected = module.state_dict(keep_vars=True)
+    _check_fit(module, expected, entries, path)
+    result = _copy_without(module, expected).eval()
+    layers = _find_layers(result, entries)
+    streams.decode_together([stream for entry in entries.values() for stream in file.streams_of(entry)])
+    own = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
+    found, sparse = dict[str, tuple[nn.Module, float]](), dict[str, nn.Module]()
+    with file.naming(Path(path)):
+        for name, layer in layers.items():
+            key = f"{name}.weight" if name else "weight"
+            with file.naming(key):
+                live = entries[key].live()
+            live = live._replace(values=live.values.to(own[key].dtype))
+            if live.density > DENSEST:
+                entries[key] = live.dense()
+            else:
+                del entries[key]
+                sparse[name] = _sparse(layer, live).to(_device(own[key]))
+            found[name] = sparse.get(name, layer), live.density
+        _load(result, own, entries)
+    for name, layer in sparse.items():
+        parent, _, child = name.rpartition(".")
+        bias: Tensor | None = layers[name].bias
+        layer.register_buffer("bias", None if bias is None else bias.detach())
+        if name:
+            setattr(result.get_submodule(parent), child, layer)
+    return sparse.get("", result), found
+
+
+def copy_module(module: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
+    """Copy a module without the Trainer that it may be attached to.
+
+    Args:
+        module: What to copy.
+        memo: What stands for parts of it in the copy, by :func:`id`.
+
+    """
+    others = (getattr(module, name, None) for name in ("_trainer", "_fabric"))
+    return copy.deepcopy(module, {**{id(other): None for other in others if other is not None}, **memo})
+
+
+def _device(own: Tensor) -> torch.device:
+    return torch.device("cpu") if own.is_meta else own.device
+
+
+def _check_fit(
+    module: nn.Module, expected: Mapping[str, Any], entries: Mapping[str, Any], path: str | os.PathLike[str]
+) -> None:
+    """Refuse a file that isn't the module's, before anything is decoded."""
+    name = type(module).__name__
+    for key, own in expected.items():
+        if isinstance(own, UninitializedParameter):
+            raise ValueError(f"{key} has no shape yet: run the module once, on any input of the right size.")
+        if key not in entries:
+            raise ValueError(f"{path} has no {key!r}, which {name} has: is the file of another module?")
+        stored = entries[key]
+        shape = stored.info.shape if isinstance(stored, CodedTensor) else getattr(stored, "shape", None)
+        if isinstance(own, Tensor) and (shape is None or tuple(shape) != tuple(own.shape)):
+            stored_shape = "no tensor" if shape is None else tuple(shape)
+            raise ValueError(f"{path}: {key!r} is {stored_shape}, and that of {name} is {tuple(own.shape)}.")
+    for key in entries:
+        if key not in expected:
+            raise ValueError(f"{path} has {key!r}, which {name} hasn't: is the file of another module?")
+    for key, buffer in module.named_buffers():
+        if buffer.is_meta and key not in expected:
+            raise ValueError(
+                f"{key} is on the meta device, and no state_dict has it: build {name} on the CPU, where it is computed."
+            )
+
+
+def _copy_without(module: nn.Module, expected: Mapping[str, Any]) -> nn.Module:
+    """Copy a module, but for the memory of what the file has."""
+    empty: dict[int, Tensor] = {}
+    for own in expected.values():
+        if isinstance(own, nn.Parameter):
+            empty[id(own)] = nn.Parameter(torch.empty_like(own, device="meta"), requires_grad=False)
+        elif isinstance(own, Tensor):
+            empty[id(own)] = torch.empty_like(own, device="meta")
+    return copy_module(module, empty)
+
+
+def _find_layers(result: nn.Module, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Find the layers that can be sparse: no subclass, no hooks, and weights that nobody else has."""
+    owners = Counter(id(part) for layer in result.modules() for part in layer._parameters.values())
+    layers: dict[str, Any] = {}
+    for name, layer in result.named_modules():
+        if type(layer) not in (nn.Linear, nn.Conv2d) or layer._forward_hooks or layer._forward_pre_hooks:
+            continue
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        stored = entries.get(f"{name}.weight" if name else "weight")
+        if not isinstance(stored, CodedTensor) or owners[id(weight)] > 1 or not stored.info.dtype.is_floating_point:
+            continue
+        if weight.dtype in (torch.float32, torch.float64) and can_be_sparse(layer):
+            layers[name] = layer
+    return layers
+
+
+def can_be_sparse(layer: nn.Module) -> bool:
+    """Tell whether there is a sparse layer in place of a linear one or a convolution."""
+    if isinstance(layer, nn.Conv2d):
+        try:
+            padding_of(layer)
+        except ValueError:
+            return False
+    return True
+
+
+def _sparse(layer: Any, live: Live) -> nn.Module:
+    """Make a sparse layer of the same function; without a bias yet."""
+    if isinstance(layer, nn.Conv2d):
+        return SparseConv2d(
+            live.each(), live.positions.long(), live.shape, None, layer.stride, padding_of(layer), layer.dilation,
+            layer.groups,
+        )  # fmt: skip
+    shape = layer.out_features, layer.in_features
+    if live.codes is not None and len(live.values) <= MOST_CODES:
+        return SparseLinear(pack_codes(live.positions, live.codes.to(torch.uint8), live.values, shape))
+    return SparseLinear(pack_values(live.positions, live.each(), shape))
+
+
+def _load(result: nn.Module, own: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
+    """Give a copy the rest of what the file has, as it is."""
+    whole: dict[int, Any] = {}
+    for key, entry in entries.items():
+        if id(entry) not in whole:  # else it is tied to one
+            with file.naming(key):
+                whole[id(entry)] = entry.dense() if isinstance(entry, CodedTensor) else entry
+    state_dict = {}
+    for key, entry in entries.items():
+        state_dict[key] = whole[id(entry)]
+        if key in own:
+            state_dict[key] = state_dict[key].to(_device(own[key]), own[key].dtype)
+    result.load_state_dict(state_dict, strict=False, assign=True)

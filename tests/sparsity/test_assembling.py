@@ -1,0 +1,263 @@
+"""Inference straight from a compressed file: the decoded net's answers, and never its dense weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from squall.kernels import native
+from squall.models import AlexNet, ImageClassifier, LeNet5
+from squall.sparsity import CompressedCheckpointIO, CompressedFileError, load_compressed, save_compressed, to_inference
+from squall.sparsity.sparse_layers import SparseConv2d, SparseLinear
+from tests.sparsity.test_inference import Odd
+
+
+def pruned(module: nn.Module, density: float = 0.1, bits: int | None = None, seed: int = 1) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.ndim >= 2:
+            if bits is not None:
+                shared = torch.randn(2**bits, generator=generator).to(parameter.dtype)
+                parameter.data = shared[torch.randint(2**bits, parameter.shape, generator=generator)]
+            parameter.data[torch.rand(parameter.shape, generator=generator) >= density] = 0
+    return module.eval()
+
+
+def save(module: nn.Module, folder: Path, **options: Any) -> Path:
+    path = folder / "net.safetensors"
+    save_compressed(module.state_dict(), path, **options)
+    return path
+
+
+def kinds(module: nn.Module) -> dict[str, bool]:
+    return {row.name: row.is_sparse for row in module.inference_report}  # type: ignore[union-attr]
+
+
+SIZES = st.integers(1, 9)
+
+
+class Net(nn.Module):
+    def __init__(self, groups: int, inputs: int, outputs: int, hidden: int, kernel: int, stride: int, bias: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            groups * inputs, groups * outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=bias
+        )
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.wide = nn.LazyLinear(20 * hidden, bias=bias)
+        self.last = nn.Linear(20 * hidden, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.wide(self.pool(self.conv(x).relu()).flatten(1)).relu())
+
+
+@pytest.mark.parametrize("isa", dict.fromkeys([native.isa(), "torch"]))
+@given(
+    st.tuples(st.integers(1, 3), SIZES, SIZES, SIZES, st.integers(1, 4), st.integers(1, 2), st.booleans()),
+    st.sampled_from([0.0, 0.02, 0.1, 0.4, 0.65, 0.9, 1.0]),
+    st.sampled_from([None, 0, 1, 5, 8]),
+    st.sampled_from(["ans", "huffman"]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 1 << 20),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_decoded_nets_answers(tmp_path_factory, isa, sizes, density, bits, coder, dtype, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(2, sizes[0] * sizes[1], 7, 6, dtype=dtype)
+    dense = Net(*sizes).to(dtype)
+    dense(x)
+    dense = pruned(dense, density, bits, seed)
+    path = save(dense, tmp_path_factory.mktemp("net"), coder=coder)
+    with torch.device("meta"):
+        empty = Net(*sizes).to(dtype)
+        empty(x.to("meta"))
+    with native.forced(isa):
+        fast = to_inference(empty, path=path, show=False)
+        torch.testing.assert_close(fast(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert not any(part.is_meta for part in (*fast.parameters(), *fast.buffers()))
+    live = {name: bool(layer.weight.count_nonzero() <= 0.7 * layer.weight.numel()) for name, layer in
+            (("conv", dense.conv), ("wide", dense.wide), ("last", dense.last))}  # fmt: skip
+    # A tensor that no code makes smaller is in the file as it is.
+    assert all(live[name] == is_sparse for name, is_sparse in kinds(fast).items())
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (lambda: AlexNet(num_classes=5, image_size=32, width=0.1, in_channels=1), (3, 1, 32, 32)),
+        (LeNet5, (2, 1, 28, 28)),
+        (lambda: ImageClassifier(LeNet5()), (1, 1, 28, 28)),
+        (Odd, (2, 3, 9, 12)),
+        (lambda: nn.Linear(700, 30), (4, 5, 700)),
+        (lambda: nn.Conv2d(70, 30, 3), (4, 70, 5, 5)),
+    ],
+)
+def test_any_module(net: Any, shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = pruned(net())
+    other, x = net(), torch.randn(shape)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    fast = to_inference(other, x, path=save(dense, tmp_path), show=False)
+    torch.testing.assert_close(fast(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert any(isinstance(part, SparseConv2d | SparseLinear) for part in fast.modules())
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items()), "it stays as it is"
+    assert not fast.training
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert "sparse" in str(fast.inference_report)
+
+
+def test_shared_hooked_and_odd_layers_stay_dense(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(60, 40)
+            self.seen: list[Tensor] = []
+            self.hooked = nn.Linear(40, 40)
+            self.plain = nn.Linear(40, 40)
+            self.last = nn.Linear(40, 60)
+            self.last.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.plain(self.hooked(self.embedding(x))))
+
+    dense, empty, x = pruned(Tied()), Tied(), torch.arange(8)
+    empty.hooked.register_forward_hook(lambda layer, given, result: result * 2)
+    fast = to_inference(empty, path=save(dense, tmp_path), show=False)
+    assert kinds(fast) == {"plain": True}
+    dense.hooked.register_forward_hook(lambda layer, given, result: result * 2)
+    torch.testing.assert_close(fast(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert fast.embedding.weight.data_ptr() == fast.last.weight.data_ptr()
+
+
+def test_numbers_are_the_modules(tmp_path: Path) -> None:
+    path = save(pruned(nn.Linear(200, 100)).half(), tmp_path)
+    x = torch.randn(3, 200)
+    decoded = nn.Linear(200, 100)
+    decoded.load_state_dict(load_compressed(path))
+    fast = to_inference(nn.Linear(200, 100), path=path, show=False)
+    assert isinstance(fast, SparseLinear)
+    torch.testing.assert_close(fast(x), decoded(x))
+    half = to_inference(nn.Linear(200, 100).bfloat16(), path=path, show=False)
+    assert type(half) is nn.Linear
+    assert half.weight.dtype == torch.bfloat16
+
+
+def test_extra_state_and_checkpoints(tmp_path: Path) -> None:
+    class Counting(nn.Linear):
+        count = 0
+
+        def get_extra_state(self) -> Any:
+            return {"count": self.count}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.count = state["count"]
+
+    dense = pruned(nn.Sequential(nn.Linear(90, 80), Counting(80, 5)))
+    dense[1].count = 3
+    x = torch.randn(2, 90)
+    CompressedCheckpointIO().save_checkpoint({"state_dict": dense.state_dict(), "epoch": 2}, tmp_path / "whole.ckpt")
+    for path in (save(dense, tmp_path), tmp_path / "whole.ckpt"):
+        fast = to_inference(nn.Sequential(nn.Linear(90, 80), Counting(80, 5)), path=path, show=False)
+        torch.testing.assert_close(fast(x), dense(x))
+        assert kinds(fast) == {"0": True}
+        assert fast[1].count == 3
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 5), nn.Linear(5, 5)), r"has no '2.weight', which Seq"),
+        (lambda: nn.Sequential(nn.Linear(90, 80)), r"has '1.weight', which Sequential hasn't"),
+        (
+            lambda: nn.Sequential(nn.Linear(90, 81), nn.Linear(81, 5)),
+            r"'0.weight' is \(80, 90\), and that of Sequential",
+        ),
+        (lambda: nn.Sequential(nn.LazyLinear(80), nn.Linear(80, 5)), r"0.weight has no shape yet: run the module once"),
+    ],
+)
+def test_a_file_of_another_module(other: Any, message: str, tmp_path: Path) -> None:
+    path = save(pruned(nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 5))), tmp_path)
+    module = other()
+    with pytest.raises(ValueError, match=message):
+        to_inference(module, path=path, show=False)
+
+
+def test_what_is_nowhere(tmp_path: Path) -> None:
+    class Shifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(90, 80)
+            self.register_buffer("shift", torch.ones(80), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.shift
+
+    path, x = save(pruned(Shifting()), tmp_path), torch.randn(1, 90)
+    with torch.device("meta"):
+        empty = Shifting()
+    with pytest.raises(ValueError, match=r"shift is on the meta device.*build Shifting on the CPU"):
+        to_inference(empty, path=path)
+    fast = to_inference(Shifting(), path=path, show=False)
+    torch.testing.assert_close(fast(x), F.linear(x, *load_compressed(path).values()) + 1)
+    with pytest.raises(ValueError, match="needs an example_input"):
+        to_inference(empty)
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    path = save(pruned(nn.Linear(90, 80)), tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CompressedFileError, match="checksum"):
+        to_inference(nn.Linear(90, 80), path=path)
+
+
+MEMORY = """
+import re, sys, torch
+from torch import nn
+from squall.sparsity import save_compressed, to_inference
+torch.set_num_threads(1)
+
+def net(width):
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Conv1d(1, 1, 1), nn.Linear(width, width))
+
+def most():
+    # Not getrusage's, which a process has from the one that started it.
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+
+def answer(width, path):
+    with torch.device("meta"):
+        empty = net(width)
+    with torch.inference_mode():
+        return to_inference(empty, path=path, show=False)(torch.ones(1, 1, width)).norm()
+
+save_compressed(net(8).state_dict(), sys.argv[1] + ".small")
+answer(8, sys.argv[1] + ".small")
+before = most()
+answer(5000, sys.argv[1])
+print(most() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has had at most")
+def test_dense_weights_are_never_held(tmp_path: Path) -> None:
+    """Not even those of one layer at a time, in a process of its own."""
+    width = 5000
+    zeros = {f"{part}.weight": torch.zeros(width, width) for part in (0, 3)}
+    for number, weight in enumerate(zeros.values()):
+        weight.flatten()[number::20] = 1.0 + torch.arange(len(weight.flatten()[number::20])) % 16
+    state_dict = {**zeros, "0.bias": torch.zeros(width), "3.bias": torch.zeros(width)}
+    state_dict |= {"2.weight": torch.ones(1, 1, 1), "2.bias": torch.zeros(1)}
+    save_compressed(state_dict, tmp_path / "x")
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "x")], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) < 0.5 * 4 * width * width
