@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from squall.consistency import get_codec
+from squall.consistency.codecs.dynamic import _codes_on, _values_on
 from squall.kernels.local_response_norm.torch_path import Window, torch_backward, torch_forward
 from squall.kernels.sparse_linear import pack_codes, pack_values
 
@@ -73,3 +75,25 @@ def test_sparse_linear_of_one_sample(rows: int, inputs: int, coded: bool) -> Non
     packed = type(packed)(*(part.to(DEVICE) if isinstance(part, torch.Tensor) else part for part in packed))
     result = imported("sparse_linear").triton_forward(x.to(DEVICE), packed, bias.to(DEVICE), True).cpu()
     torch.testing.assert_close(result, F.linear(x, weight, bias).relu(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int8", "1bit"])
+@pytest.mark.parametrize("num", [1, 7, 2048, 2049, 5000])
+@pytest.mark.parametrize("fed_back", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-41, 1.0, 1e38, float("nan"), float("inf")])
+def test_codes_of_blocks(name: str, num: int, fed_back: bool, scale: float) -> None:
+    path, codec = imported("block_codes"), get_codec(name)
+    numbers, residual = torch.randn(num), torch.randn(num) / 8 if fed_back else None
+    numbers[num // 2] *= scale
+    code, ours = (torch.zeros(codec.num_bytes(num) + 1, dtype=torch.uint8)[1:] for _ in range(2))
+    kept = None if residual is None else residual.to(DEVICE, copy=True)
+    tables = (_codes_on(torch.device(DEVICE)), _values_on(torch.device(DEVICE))) if name == "int8" else None
+    codec.encode(numbers, code, residual)
+    ours = ours.to(DEVICE)
+    path.encode(numbers.to(DEVICE), ours, kept, tables)
+    expected, decoded = torch.empty(num), torch.empty(num, device=DEVICE)
+    codec.decode(code, expected)
+    path.decode(ours, decoded, tables and tables[1])
+    torch.testing.assert_close(decoded.cpu(), expected, rtol=1e-6, atol=0, equal_nan=True)
+    if residual is not None and kept is not None:
+        torch.testing.assert_close(kept.cpu(), residual, rtol=1e-5, atol=1e-6)

@@ -77,12 +77,11 @@ class DynamicCodec(BlockCodec):
     num_bits = 8
 
     def _encode(self, values: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        cpu = torch.device("cpu")
-        if not encode_int8(values, out, residual, _codes_on(cpu), _values_on(cpu)):
+        if not encode_int8(values, out, residual, _codes_on(values.device), _values_on(values.device)):
             super()._encode(values, out, residual)
 
     def _decode(self, data: Tensor, out: Tensor) -> None:
-        if not decode_int8(data, out, _values_on(torch.device("cpu"))):
+        if not decode_int8(data, out, _values_on(out.device)):
             super()._decode(data, out)
 
     def _encode_blocks(self, blocks: Tensor, header: Tensor, bits: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from squall.kernels import native
+from squall.kernels.devices import triton_serves
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _encode = native.function("squall_encode_blocks", *[_POINTER] * 3, _LONG, *[_POINTER] * 2, _INT)
@@ -26,13 +27,19 @@ def encode_int8(numbers: Tensor, out: Tensor, residual: Tensor | None, codes: Te
         numbers: Shape (n,).
         out: Shape (4 bytes a block and n,), uint8.
         residual: Shape (n,), float32: added to the numbers; becomes, in place, what the code lost.
-        codes: Shape (65536,), uint8: the code of each float16 by its bits, of 32768 times a number.
-        values: Shape (256,), float32: what the codes stand for.
+        codes: Shape (65536,), uint8, where the numbers are: for 32768 times a number as float16, by its bits.
+        values: Shape (256,), float32, likewise: what the codes stand for.
 
     Returns:
-        Whether it was done: the tensors are plain single-precision memory of the CPU, and there is a kernel.
+        Whether it was done: the tensors are plain single-precision memory of the CPU, or on a CUDA device, and there is
+        a kernel.
 
     """
+    if _is_for_triton(numbers, residual):
+        from .triton_path import encode
+
+        encode(numbers, out, residual, (codes, values))
+        return True
     if not native.serves_rows(numbers, residual):
         return False
     _encode(*_pointers(numbers, residual, out), numbers.numel(), *_pointers(codes, values), torch.get_num_threads())
@@ -41,6 +48,11 @@ def encode_int8(numbers: Tensor, out: Tensor, residual: Tensor | None, codes: Te
 
 def decode_int8(data: Tensor, out: Tensor, values: Tensor) -> bool:
     """Read the code ``int8``. Arguments and result as of :func:`encode_int8`."""
+    if _is_for_triton(out):
+        from .triton_path import decode
+
+        decode(data, out, values)
+        return True
     if not native.serves_rows(out):
         return False
     _decode(*_pointers(data, out), out.numel(), values.data_ptr(), torch.get_num_threads())
@@ -59,6 +71,11 @@ def encode_signs(numbers: Tensor, out: Tensor, residual: Tensor | None) -> bool:
         As :func:`encode_int8`.
 
     """
+    if _is_for_triton(numbers, residual):
+        from .triton_path import encode
+
+        encode(numbers, out, residual, None)
+        return True
     if not native.serves_rows(numbers, residual):
         return False
     _encode(*_pointers(numbers, residual, out), numbers.numel(), None, None, torch.get_num_threads())
@@ -67,10 +84,19 @@ def encode_signs(numbers: Tensor, out: Tensor, residual: Tensor | None) -> bool:
 
 def decode_signs(data: Tensor, out: Tensor) -> bool:
     """Read the code ``1bit``. Arguments and result as of :func:`encode_signs`."""
+    if _is_for_triton(out):
+        from .triton_path import decode
+
+        decode(data, out, None)
+        return True
     if not native.serves_rows(out):
         return False
     _decode(*_pointers(data, out), out.numel(), None, torch.get_num_threads())
     return True
+
+
+def _is_for_triton(*rows: Tensor | None) -> bool:
+    return all(row is None or row.is_contiguous() for row in rows) and triton_serves(*rows)
 
 
 def _pointers(*tensors: Tensor | None) -> list[int | None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from squall.kernels import native
+from squall.kernels.devices import triton_serves
 
 from .torch_path import Window, differentiable_backward, torch_backward, torch_forward
 
@@ -47,18 +47,13 @@ def _native(x: Tensor, grad: Tensor | None, window: Window, relu: bool) -> Tenso
     return result
 
 
-def _is_for_triton(x: Tensor) -> bool:
-    """Whether Triton's path is there and serves the tensor; in double precision its constants would be single."""
-    return x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
-
-
 @torch.library.custom_op("squall::local_response_norm", mutates_args=())
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int, relu: bool) -> Tensor:
     """Normalise; arguments as of :func:`squall.kernels.local_response_norm`."""
     window = Window(size, alpha, beta, k, groups)
     if native.serves(x):
         return _native(x, None, window, relu)
-    if _is_for_triton(x):
+    if triton_serves(x):
         from .triton_path import triton_path
 
         return triton_path(x, None, window, relu)
@@ -73,7 +68,7 @@ def local_response_norm_backward(
     window = Window(size, alpha, beta, k, groups)
     if native.serves(grad, x):
         return _native(x, grad, window, relu)
-    if _is_for_triton(x):
+    if triton_serves(grad, x):
         from .triton_path import triton_path
 
         return triton_path(x, grad, window, relu)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from squall.kernels import native
+from squall.kernels.devices import triton_serves
 
 from .packed import PackedWeight
 from .packing import TILE_COLUMNS
@@ -59,7 +59,7 @@ def sparse_linear(
     """Compute ``x @ weight.T + bias`` of a packed matrix; ``x`` is ``(batch, inputs)``."""
     packed = PackedWeight(columns, codes, values, rows, starts, tiles, num_rows, num_columns, row_block, num_live)
     if not _is_native(packed, x):
-        if x.is_cuda and len(x) == 1 and x.dtype == torch.float32 and importlib.util.find_spec("triton"):
+        if len(x) == 1 and x.dtype == torch.float32 and triton_serves(x):
             from .triton_path import triton_forward
 
             return triton_forward(x, packed, bias, relu)
