@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ class Ways:
         ours: With Squall's kernels.
         beside: Others, to be shown.
         repeats: How often a way does it before another has its turn.
+        prepare: What is done before each turn, and not timed.
 
     """
 
@@ -30,6 +34,7 @@ class Ways:
     ours: Work
     beside: dict[str, Work] = field(default_factory=dict)
     repeats: int = 1
+    prepare: Work | None = None
 
 
 def _mask(weight: Tensor, density: float) -> Tensor:
@@ -200,6 +205,56 @@ def network(name: str, density: float, batch: int, whole: str) -> Iterator[Ways]
             lambda: sparse(x),
             {"bf16": lambda: half(half_x)},
         )
+
+
+@contextmanager
+def first_answer(from_disk: bool) -> Iterator[Ways]:
+    """AlexNet-2012 from a file to its first answer: from what Deep Compression makes of it, and from a checkpoint.
+
+    Args:
+        from_disk: Whether the system is made to forget the files before each turn.
+
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from squall.conf.suites.compression import make_state_dict
+    from squall.models import AlexNet
+    from squall.sparsity import save_compressed, to_inference
+
+    x = torch.randn(1, 3, 224, 224)
+
+    def empty() -> AlexNet:
+        with torch.device("meta"):
+            return AlexNet()
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        compressed, checkpoint, tensors = (str(Path(folder) / name) for name in ("compressed", "checkpoint", "tensors"))
+        state_dict = make_state_dict("alexnet_2012")
+        save_compressed(state_dict, compressed)
+        torch.save(state_dict, checkpoint)
+        save_file(state_dict, tensors)
+        del state_dict
+
+        def from_dense(load: Callable[[], dict[str, Tensor]]) -> Tensor:
+            net = empty().eval()
+            net.load_state_dict(load(), assign=True)  # the quickest: nothing is copied
+            answer: Tensor = net(x)
+            return answer
+
+        def forget() -> None:
+            for path in (compressed, checkpoint, tensors):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+        yield Ways(
+            {"torch.load": lambda: from_dense(lambda: torch.load(checkpoint, weights_only=True)),
+             "mapped": lambda: from_dense(lambda: torch.load(checkpoint, weights_only=True, mmap=True)),
+             "safetensors": lambda: from_dense(lambda: load_file(tensors))},
+            lambda: to_inference(empty(), path=compressed, show=False)(x),
+            prepare=forget if from_disk else None,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -138,3 +138,12 @@ def test_few_values_are_a_codebook() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="num_runs=0"):
         to_inference(nn.Linear(2, 2), torch.ones(1, 2), num_runs=0)
+
+
+@pytest.mark.usefixtures("always")
+def test_in_inference_mode() -> None:
+    with torch.inference_mode():
+        net, x = pruned(nn.Sequential(nn.Conv2d(2, 5, 3), nn.Flatten(), nn.Linear(20, 3))), torch.randn(2, 2, 4, 4)
+        fast = to_inference(net, x, show=False)
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+    assert isinstance(fast[0], SparseConv2d)

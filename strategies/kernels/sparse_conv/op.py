@@ -31,13 +31,18 @@ class _Turned(NamedTuple):
     order: Tensor
 
 
+def _version(tensor: Tensor) -> int:
+    """Count changes; tensors of inference mode don't, and aren't expected to change."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class _Kept:
     """What has been worked out about one tensor of positions."""
 
     def __init__(self, positions: Tensor) -> None:
         self.ends = (int(positions[0]), int(positions[-1])) if len(positions) else (0, -1)
         self.ascends = bool((positions[1:] > positions[:-1]).all())
-        self.version = positions._version
+        self.version = _version(positions)
         self.plans: dict[Any, Plan] = {}
         self.ordered: tuple[Any, int, Plan, Tensor] | None = None
         self.turned: dict[Any, _Turned] = {}
@@ -48,7 +53,7 @@ _kept = WeakIdKeyDictionary()  # by the tensor of positions itself: another at t
 
 def _of(positions: Tensor) -> _Kept:
     kept = _kept.get(positions)
-    if kept is None or kept.version != positions._version:
+    if kept is None or kept.version != _version(positions):
         kept = _kept[positions] = _Kept(positions)
     result: _Kept = kept
     return result
@@ -85,10 +90,10 @@ def _ordered(values: Tensor, positions: Tensor, plan: Plan) -> Tensor:
     kept = _of(positions)
     if kept.ordered is not None:
         of, version, for_plan, ordered = kept.ordered
-        if of() is values and version == values._version and for_plan is plan:
+        if of() is values and version == _version(values) and for_plan is plan:
             return ordered
     ordered = values.index_select(0, plan.order)
-    kept.ordered = (weakref.ref(values), values._version, plan, ordered)
+    kept.ordered = (weakref.ref(values), _version(values), plan, ordered)
     return ordered
 
 
