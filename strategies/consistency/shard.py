@@ -71,6 +71,7 @@ class Shard:
             unpack_groups(spec.groups),
             spec.rule,
             self._decode,
+            spec.codec,
         )
 
     def carry_out(self, command: dict[str, Any]) -> None:

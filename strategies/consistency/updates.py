@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .fused import Fused
 from .memory import Segment, aligned
 from .optimizers import Hyperparameters, adopt, make_faster, read_entry, write_entry
 from .plan import Batch, Slice, Unit
@@ -105,6 +106,10 @@ class _Stepper:
             for unit, weight in zip(batch.units, self.weights, strict=True)
         ]
         self._memories = [memory.state(unit) for unit in batch.units]
+        self._named = [
+            {entry.name: there for entry, there in zip(unit.info.state, memories, strict=True)}
+            for unit, memories in zip(batch.units, self._memories, strict=True)
+        ]
         self._states: list[dict[str, Any] | None] = [memory.read_state(unit) for unit in batch.units]
 
     def step(self, gradients: Sequence[Tensor | None], scale: float) -> None:
@@ -136,6 +141,34 @@ class _Stepper:
             self._keep(index, state[parameter])
             parameter.grad = None
 
+    def step_fused(self, fused: Fused, code: Tensor, present: Sequence[bool], scale: float) -> bool:
+        """Decode and step in one pass the units that have a gradient, or none if that can't be done for all.
+
+        Args:
+            fused: Does it.
+            code: The push.
+            present: Whether each unit has a gradient.
+            scale: What learning rates are multiplied with.
+
+        Returns:
+            Whether it was done.
+
+        """
+        plans = []
+        for index, unit in enumerate(self.batch.units):
+            if present[index]:
+                begins, group = self._states[index] is None, self._groups[unit.info.group]
+                plan = fused.plan(self._optimizer, group, self.weights[index], self._named[index], begins, scale)
+                if plan is None:
+                    return False
+                plans.append((index, unit, plan, begins))
+        for index, unit, plan, begins in plans:
+            fused.step(plan, unit.code_in(code), self.weights[index], self._named[index], begins)
+            self.memory.flags[unit.index] = 1
+            if begins:
+                self._states[index] = self.memory.read_state(unit)
+        return True
+
     def _keep(self, index: int, state: dict[str, Any]) -> None:
         """Bring what the optimizer made or replaced to where it is found again."""
         unit = self.batch.units[index]
@@ -159,6 +192,7 @@ class Updater:
         groups: The hyperparameters of each one's groups.
         rule: What to do about staleness.
         decode: Makes a unit's gradient of its code.
+        codec: Which codec ``decode`` is of, if it is one: then decoding and stepping may be one pass.
 
     """
 
@@ -169,6 +203,7 @@ class Updater:
         groups: Sequence[list[dict[str, Any]]],
         rule: StalenessRule,
         decode: Decode,
+        codec: str | None = None,
     ) -> None:
         self._memory = memory
         self._control = memory.control
@@ -178,6 +213,7 @@ class Updater:
                 make_faster(optimizer, group)
         self._rule = rule
         self._decode = decode
+        self._fused = None if codec is None or rule.compensates else Fused(codec)
         slice_ = memory.slice
         longest = max((batch.num_bytes for batch in slice_.batches), default=0)
         self._journal = memory.segment.tensor(torch.uint8, slice_.journal_offset, longest)
@@ -234,11 +270,12 @@ class Updater:
             present = [unit.parameter not in absent for unit in batch.units]
             if any(present):
                 self._note_down(index, stepper)
-                gradients = [
-                    self._gradient(stepper, position, code, base) if there else None
-                    for position, there in enumerate(present)
-                ]
-                stepper.step(gradients, scale)
+                if self._fused is None or not stepper.step_fused(self._fused, code, present, scale):
+                    gradients = [
+                        self._gradient(stepper, position, code, base) if there else None
+                        for position, there in enumerate(present)
+                    ]
+                    stepper.step(gradients, scale)
             if fetch is not None:
                 end = batch.fetch_offset + batch.num_weight_bytes
                 fetch[batch.fetch_offset : end].copy_(stepper.bytes[: batch.num_weight_bytes])

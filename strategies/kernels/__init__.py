@@ -12,6 +12,7 @@ from .block_codes.function import encode_int8 as encode_int8
 from .block_codes.function import encode_signs as encode_signs
 from .local_response_norm.function import local_response_norm as local_response_norm
 from .max_pool.function import max_pool2d as max_pool2d
+from .shard_update.function import shard_update as shard_update
 from .sparse_conv.function import sparse_conv2d as sparse_conv2d
 from .sparse_linear.function import sparse_linear as sparse_linear
 from .sparse_linear.function import sparse_linear_live as sparse_linear_live
@@ -26,6 +27,7 @@ __all__ = [
     "encode_top_k",
     "local_response_norm",
     "max_pool2d",
+    "shard_update",
     "sparse_conv2d",
     "sparse_linear",
     "sparse_linear_live",

@@ -32,9 +32,11 @@ def as_it_is(unit: Unit, code: Tensor, scratch: Tensor) -> Tensor:
     return code.view(unit.info.dtype)
 
 
-def make_parameters(shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
+def make_parameters(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float64
+) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes]
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
 
 
 def make_pushes(count: int, absent: dict[int, list[int]] | None = None) -> list[list[Tensor | None]]:
@@ -59,11 +61,20 @@ class Slices:
         elementwise: Whether each of them may be cut.
         num_shards: Number of shards.
         rule: What to do about staleness.
+        fused: Decode and step in one pass, in single precision.
 
     """
 
-    def __init__(self, make: MakeOptimizers, elementwise: Sequence[bool], num_shards: int, rule: StalenessRule) -> None:
-        self.parameters = make_parameters()
+    def __init__(
+        self,
+        make: MakeOptimizers,
+        elementwise: Sequence[bool],
+        num_shards: int,
+        rule: StalenessRule,
+        fused: bool = False,
+    ) -> None:
+        self.fused = fused
+        self.parameters = make_parameters(dtype=torch.float32 if fused else torch.float64)
         self.optimizers = make(self.parameters)
         self.rule = rule
         self.parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
@@ -96,6 +107,7 @@ class Slices:
             unpack_groups(carry_groups(self.optimizers)),
             self.rule,
             decode,
+            "fp32" if self.fused else None,
         )
 
     def updaters(self) -> list[Updater]:
@@ -164,9 +176,10 @@ def sliced(
     elementwise: Sequence[bool] = (True,),
     num_shards: int = 1,
     rule: StalenessRule | None = None,
+    fused: bool = False,
 ) -> Iterator[Slices]:
     """Slices whose memory goes when the test does."""
-    slices: Any = Slices(make, elementwise, num_shards, rule or StalenessRule())
+    slices: Any = Slices(make, elementwise, num_shards, rule or StalenessRule(), fused)
     try:
         yield slices
     finally:

@@ -239,6 +239,9 @@ def interruptible(slices: Slices, shard: int, countdown: Countdown) -> Any:
 
     updater = slices.updater(shard, decode)
     updater._control = Control(updater._control)
+    if slices.fused:
+        updater._fused.step = torn_apart(updater._fused.step, countdown)
+        return updater
     for stepper in updater._steppers:
         stepper._optimizer = torn(stepper._optimizer, countdown)
         keep = stepper._keep
@@ -273,6 +276,23 @@ def torn(optimizer: Optimizer, countdown: Countdown) -> Optimizer:
     return optimizer
 
 
+def torn_apart(step: Any, countdown: Countdown) -> Any:
+    """A fused step that may be ended between units, with one of them half written."""
+
+    def torn(plan: Any, code: Tensor, weights: Tensor, memories: dict[str, Tensor], begins: bool) -> None:
+        countdown()
+        step(plan, code, weights, memories, begins)
+        halves = [tensor[: -(-len(tensor) // 2)] for tensor in (weights, *memories.values())]
+        wholes = [half.clone() for half in halves]
+        for half in halves:
+            half.fill_(torch.nan)
+        countdown()
+        for half, whole in zip(halves, wholes, strict=True):
+            half.copy_(whole)
+
+    return torn
+
+
 PUSHES = make_pushes(3, {1: [0, 2]})
 
 
@@ -292,6 +312,9 @@ KILLED: dict[str, tuple[MakeOptimizers, tuple[bool, ...], str]] = {
     "SGD dampening": (*OPTIMIZERS["SGD dampening"], "delay_compensated"),  # whose first step is not as the others
     "a user's own": (*OPTIMIZERS["a user's own"], "none"),
     "several": (*OPTIMIZERS["several"], "delay_compensated"),
+    "fused Adam": (*OPTIMIZERS["Adam"], "none"),
+    "fused SGD dampening": (*OPTIMIZERS["SGD dampening"], "inverse"),
+    "fused Adagrad": (*OPTIMIZERS["Adagrad"], "none"),
 }
 
 
@@ -300,9 +323,10 @@ KILLED: dict[str, tuple[MakeOptimizers, tuple[bool, ...], str]] = {
 @settings(max_examples=30, deadline=None)
 def test_killed_at_any_point_and_carried_on_is_bit_identical(name: str, kills: list[int]) -> None:
     make, elementwise, rule = KILLED[name]
-    with sliced(make, elementwise, rule=StalenessRule(rule)) as slices:
+    fused = name.startswith("fused")
+    with sliced(make, elementwise, rule=StalenessRule(rule), fused=fused) as slices:
         images, wanted = uninterrupted(slices, 0)
-    with sliced(make, elementwise, rule=StalenessRule(rule)) as slices:
+    with sliced(make, elementwise, rule=StalenessRule(rule), fused=fused) as slices:
         fetch = torch.zeros(slices.plan.slices[0].num_fetch_bytes, dtype=torch.uint8)
         base = fetch.clone()
         for command, gradients in enumerate(PUSHES, start=1):
@@ -333,10 +357,11 @@ def child(slices: Slices, ready: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="shards are forked")
-def test_kill_9_at_random_moments_is_bit_identical() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_kill_9_at_random_moments_is_bit_identical(fused: bool) -> None:
     make, elementwise = OPTIMIZERS["Adam"]
     torch.set_num_threads(1)
-    with sliced(make, elementwise) as slices:
+    with sliced(make, elementwise, fused=fused) as slices:
         begin = time.perf_counter()
         reader, writer = os.pipe()
         child(slices, writer)
@@ -344,7 +369,7 @@ def test_kill_9_at_random_moments_is_bit_identical() -> None:
         wanted = slices.image(0)
         os.close(reader), os.close(writer)
     dice, num_kills = random.Random(0), 0
-    with sliced(make, elementwise) as slices:
+    with sliced(make, elementwise, fused=fused) as slices:
         while True:
             reader, writer = os.pipe()
             pid = os.fork()

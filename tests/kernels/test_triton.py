@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from squall.consistency import get_codec
-from squall.consistency.codecs.dynamic import _codes_on, _values_on
+from squall.consistency.codecs.dynamic import _codes_on, float_values
 from squall.kernels.local_response_norm.torch_path import Window, torch_backward, torch_forward
 from squall.kernels.sparse_linear import pack_codes, pack_values
 
@@ -87,7 +87,7 @@ def test_codes_of_blocks(name: str, num: int, fed_back: bool, scale: float) -> N
     numbers[num // 2] *= scale
     code, ours = (torch.zeros(codec.num_bytes(num) + 1, dtype=torch.uint8)[1:] for _ in range(2))
     kept = None if residual is None else residual.to(DEVICE, copy=True)
-    tables = (_codes_on(torch.device(DEVICE)), _values_on(torch.device(DEVICE))) if name == "int8" else None
+    tables = (_codes_on(torch.device(DEVICE)), float_values(torch.device(DEVICE))) if name == "int8" else None
     codec.encode(numbers, code, residual)
     ours = ours.to(DEVICE)
     path.encode(numbers.to(DEVICE), ours, kept, tables)

@@ -44,7 +44,8 @@ def dynamic_values() -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _values_on(device: torch.device) -> Tensor:
+def float_values(device: torch.device) -> Tensor:
+    """What :func:`dynamic_values` are in single precision."""
     return dynamic_values().to(device, torch.float32)
 
 
@@ -77,11 +78,11 @@ class DynamicCodec(BlockCodec):
     num_bits = 8
 
     def _encode(self, values: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        if not encode_int8(values, out, residual, _codes_on(values.device), _values_on(values.device)):
+        if not encode_int8(values, out, residual, _codes_on(values.device), float_values(values.device)):
             super()._encode(values, out, residual)
 
     def _decode(self, data: Tensor, out: Tensor) -> None:
-        if not decode_int8(data, out, _values_on(out.device)):
+        if not decode_int8(data, out, float_values(out.device)):
             super()._decode(data, out)
 
     def _encode_blocks(self, blocks: Tensor, header: Tensor, bits: Tensor) -> None:
@@ -94,5 +95,5 @@ class DynamicCodec(BlockCodec):
         torch.index_select(_codes_on(blocks.device), 0, index, out=bits)
 
     def _decode_blocks(self, header: Tensor, bits: Tensor, out: Tensor) -> None:
-        torch.index_select(_values_on(out.device), 0, bits.to(torch.int32), out=out.view(-1))
+        torch.index_select(float_values(out.device), 0, bits.to(torch.int32), out=out.view(-1))
         out.mul_(load(header, torch.float32).view(-1, 1))

@@ -104,15 +104,23 @@ class TopKCodec(Codec):
             residual.index_fill_(0, index, 0.0)
             keep_loss(residual)
 
-    def _decode(self, data: Tensor, out: Tensor) -> None:
-        k, num_elements = self.num_kept(out.numel()), out.numel()
-        index = load(data[: 4 * k], torch.int32)
-        # Bytes may come from anywhere, and what is written by them must be inside of ``out``.
+    def check(self, data: Tensor, num_elements: int) -> Tensor:
+        """Read the places of a code, which must be inside of what is written by them: bytes may come from anywhere.
+
+        Raises:
+            ValueError: If they aren't.
+
+        """
+        index = load(data[: 4 * self.num_kept(num_elements)], torch.int32)
         valid = (index[0] >= 0) & (index[-1] < num_elements) & (index[1:] > index[:-1]).all()
         if not valid.item():
             raise ValueError(
                 f"data is not a {self.spec} code of {num_elements} numbers: its places must ascend from 0 or more to "
                 f"{num_elements - 1} or less"
             )
+        return index
+
+    def _decode(self, data: Tensor, out: Tensor) -> None:
+        index = self.check(data, out.numel())
         out.zero_()
-        out.index_copy_(0, index.long(), load(data[4 * k :], torch.float32).to(out.dtype))
+        out.index_copy_(0, index.long(), load(data[4 * len(index) :], torch.float32).to(out.dtype))

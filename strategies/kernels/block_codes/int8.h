@@ -2,7 +2,7 @@
 
 /* The number of largest magnitude, with its sign; NaN if any isn't finite. As integers magnitudes are in order, and the
  * compiler may compare them in any: the lowest bit prefers a positive number to a negative one as large. */
-ISA_TARGET static float FN(scale_of)(const float *restrict x, int64_t num)
+ISA_TARGET SQUALL_INLINE float FN(scale_of)(const float *restrict x, int64_t num)
 {
     uint32_t largest = 0;
     for (int64_t i = 0; i < num; i++) {
@@ -16,7 +16,7 @@ ISA_TARGET static float FN(scale_of)(const float *restrict x, int64_t num)
 
 /* codes: of every float16, by its bits, of 32768 times a number; all that float16 holds as subnormal has the code of
  * zero, and what isn't a number any. */
-ISA_TARGET static void FN(int8_encode)(const float *restrict x, int64_t num, const uint8_t *restrict codes,
+ISA_TARGET SQUALL_INLINE void FN(int8_encode)(const float *restrict x, int64_t num, const uint8_t *restrict codes,
                                        uint8_t *restrict header, uint8_t *restrict bits)
 {
     float scale = FN(scale_of)(x, num);
@@ -40,7 +40,7 @@ ISA_TARGET static void FN(int8_encode)(const float *restrict x, int64_t num, con
 }
 
 /* values: what the codes stand for. */
-ISA_TARGET static void FN(int8_decode)(const uint8_t *restrict header, const uint8_t *restrict bits, int64_t num,
+ISA_TARGET SQUALL_INLINE void FN(int8_decode)(const uint8_t *restrict header, const uint8_t *restrict bits, int64_t num,
                                        const float *restrict values, float *restrict out)
 {
     float scale, scaled[256];

@@ -1,6 +1,6 @@
 /* 1bit of one instruction set: one block, of BLOCK numbers at most. Loops are plain: the compiler vectorises them. */
 
-ISA_TARGET static void FN(sign_encode)(const float *restrict x, int64_t num, uint8_t *restrict header,
+ISA_TARGET SQUALL_INLINE void FN(sign_encode)(const float *restrict x, int64_t num, uint8_t *restrict header,
                                        uint8_t *restrict bits)
 {
     /* In double precision, or large numbers' sum is infinite where their mean isn't; in lanes that are the same for
@@ -46,7 +46,7 @@ ISA_TARGET static void FN(sign_encode)(const float *restrict x, int64_t num, uin
     memcpy(header, means, sizeof means);
 }
 
-ISA_TARGET static void FN(sign_decode)(const uint8_t *restrict header, const uint8_t *restrict bits, int64_t num,
+ISA_TARGET SQUALL_INLINE void FN(sign_decode)(const uint8_t *restrict header, const uint8_t *restrict bits, int64_t num,
                                        float *restrict out)
 {
     float means[2];
