@@ -289,14 +289,15 @@ class DownpourStrategy(UpdatingStrategy):
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         push = self._num_steps % self.push_every == 0 or last
         fetch = self._num_steps % self.fetch_every == 0 or last
-        if self.push_every > 1:
+        adds_later = not push and not fetch  # in one pass with the local step
+        if self.push_every > 1 and not adds_later:
             self._accrued.add(gradients)
         if push:
             self._push(self._accrued.take() if self.push_every > 1 else gradients, fetch)
         elif fetch:
             self._rejoining(self.replica.fetch)
         if not fetch:
-            self.replica.step_locally(gradients, self._rates())
+            self.replica.step_locally(gradients, self._rates(), self._accrued if adds_later else None)
         self._adopt_hyperparameters(self.replica.hyper)
         self.replica.hyper = None
         self._count(self._version)

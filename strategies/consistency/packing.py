@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from squall.kernels import add_and_step
+
 from .codecs import get_codec
 from .codecs.codec import Codec
 from .memory import Segment
@@ -95,17 +97,43 @@ class Sums:
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Add gradients; None where there is none."""
         for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._add(index, gradient)
+
+    @torch.no_grad()
+    def add_and_step(
+        self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor], rates: Sequence[float]
+    ) -> None:
+        """Add gradients, and step weights by them, in one pass over memory where that is possible.
+
+        Args:
+            gradients: None where there is none.
+            weights: Changed in place.
+            rates: Each one's learning rate.
+
+        """
+        for index, (gradient, weight, rate) in enumerate(zip(gradients, weights, rates, strict=True)):
             if gradient is None:
                 continue
             sum_ = self._memory[index]
-            if sum_ is None or sum_.layout != gradient.layout:  # a sparse gradient may be followed by a dense one
-                begun = sum_ if self._begun[index] else None
-                self._memory[index] = gradient.clone() if begun is None else begun + gradient
-            elif self._begun[index]:
-                sum_.add_(gradient)
+            alike = sum_ is not None and sum_.layout == gradient.layout and sum_.dtype == gradient.dtype == weight.dtype
+            if sum_ is None or not alike:
+                self._add(index, gradient)
+                weight.add_(gradient.to(weight.dtype), alpha=-rate)
             else:
-                sum_.copy_(gradient)
-            self._begun[index] = True
+                add_and_step(sum_, gradient, weight, rate, begins=not self._begun[index])
+                self._begun[index] = True
+
+    def _add(self, index: int, gradient: Tensor) -> None:
+        sum_ = self._memory[index]
+        if sum_ is None or sum_.layout != gradient.layout:  # a sparse gradient may be followed by a dense one
+            begun = sum_ if self._begun[index] else None
+            self._memory[index] = gradient.clone() if begun is None else begun + gradient
+        elif self._begun[index]:
+            sum_.add_(gradient)
+        else:
+            sum_.copy_(gradient)
+        self._begun[index] = True
 
     def take(self) -> list[Tensor | None]:
         """The sums since the last time. They are good until more is added."""

@@ -18,7 +18,7 @@ from .courier import Courier
 from .mailbox import NUM_SLOTS, HostLostError, Mailbox, Place, RemoteMailbox, open_mailboxes, part_name
 from .memory import host_prefix, make_or_attach
 from .optimizers import Hyperparameters
-from .packing import RESIDUALS, Encoder, Piece, find_pieces, flat, num_residuals, sum_residuals
+from .packing import RESIDUALS, Encoder, Piece, Sums, find_pieces, flat, num_residuals, sum_residuals
 from .plan import Plan
 from .queue import Ticket
 from .wire import Header
@@ -480,9 +480,21 @@ class Replica:
         self.client.wait_until_done(max(self._last_use))
 
     @torch.no_grad()
-    def step_locally(self, gradients: Sequence[Tensor | None], rates: Sequence[float]) -> None:
-        """The paper's local step between fetches: ``w -= lr g``, with each parameter's learning rate."""
+    def step_locally(
+        self, gradients: Sequence[Tensor | None], rates: Sequence[float], sums: Sums | None = None
+    ) -> None:
+        """The paper's local step between fetches: ``w -= lr g``, with each parameter's learning rate.
+
+        Args:
+            gradients: None where there is none.
+            rates: The learning rates.
+            sums: What to add the gradients to in the same pass, if to any.
+
+        """
+        self._stepped = True
+        if sums is not None:
+            sums.add_and_step(gradients, [parameter.data for parameter in self.parameters], rates)
+            return
         for parameter, gradient, rate in zip(self.parameters, gradients, rates, strict=True):
             if gradient is not None:
                 parameter.data.add_(gradient.to(parameter.dtype), alpha=-rate)
-        self._stepped = True

@@ -6,6 +6,7 @@ into the folder.
 """
 
 from . import native
+from .add_and_step.function import add_and_step as add_and_step
 from .block_codes.function import decode_int8 as decode_int8
 from .block_codes.function import decode_signs as decode_signs
 from .block_codes.function import encode_int8 as encode_int8
@@ -19,6 +20,7 @@ from .sparse_linear.function import sparse_linear_live as sparse_linear_live
 from .top_k.function import encode_top_k as encode_top_k
 
 __all__ = [
+    "add_and_step",
     "available",
     "decode_int8",
     "decode_signs",
