@@ -158,8 +158,8 @@ def account(result: dict[str, Any]) -> list[tuple[str, float, float]]:
     # The queue keeps the epochs that are not covered whole; all samples of the others were trained on once each.
     rest = torch.zeros_like(seen)
     for epoch in report["queue"].values():
-        for position in epoch["done"]:
-            rest[epoch["batches"][position]] += 1
+        done = epoch["done"].bool().repeat_interleave(epoch["sizes"])
+        rest += torch.bincount(epoch["samples"][done], minlength=NUM_SAMPLES)
     num_whole = (report["num_samples"] - int(rest.sum())) / NUM_SAMPLES
     return [
         ("updates, on each of the weights", version, float(result["updates"].min())),

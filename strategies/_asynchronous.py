@@ -26,6 +26,7 @@ from .consistency.coordinator import LEADER
 from .consistency.hosting import tidy
 from .consistency.jobs import give_port_back
 from .consistency.optimizers import adopt, hyperparameters
+from .consistency.order import Order
 from .consistency.queue import Ticket
 
 
@@ -172,12 +173,9 @@ class AsynchronousStrategy(LiveRanks):
         batches.done_before = self._orders_of_the_checkpoint(batches)
         return leased
 
-    def _orders_of_the_checkpoint(self, batches: LeasedBatches) -> dict[int, Any]:
-        found = {}
-        for epoch, state in self._resumed.get("queue", {}).items():
-            if len(state["batches"]) == len(batches):
-                found[int(epoch)] = (state["batches"], list(state["done"]))
-        return found
+    def _orders_of_the_checkpoint(self, batches: LeasedBatches) -> dict[int, Order]:
+        orders = {int(epoch): Order.from_state(state) for epoch, state in self._resumed.get("queue", {}).items()}
+        return {epoch: order for epoch, order in orders.items() if len(order) == len(batches)}
 
     def _epoch(self) -> tuple[int, bool]:
         """The epoch that this worker is in, and whether it is the last."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from .consistency.order import Order
 from .consistency.queue import Ticket
 
-Order = list[list[int]]
 Call = Callable[..., tuple[dict[str, Any], bytearray]]  # asks the coordinator: header, payload -> header, payload
 
 
@@ -43,7 +42,7 @@ class LeasedBatches:
         self.call: Call | None = None
         self.epoch: Callable[[], tuple[int, bool]] = lambda: (0, False)
         self.on_reply: Callable[[dict[str, Any]], None] = lambda reply: None
-        self.done_before: dict[int, tuple[Order, list[int]]] = {}
+        self.done_before: dict[int, Order] = {}
         self.dealt: deque[Ticket] = deque()  # to batches that have not reached the loop
 
     def __len__(self) -> int:
@@ -71,14 +70,12 @@ class LeasedBatches:
         if reply["open"]:
             return
         for earlier in sorted(number for number in self.done_before if number < epoch):
-            self._say(call, earlier, *self.done_before[earlier])  # what a lost worker left behind in it
-        self._say(call, epoch, *(self.done_before.get(epoch) or (self.order(epoch), [])))
+            self._say(call, earlier, self.done_before[earlier])  # what a lost worker left behind in it
+        self._say(call, epoch, self.done_before.get(epoch) or self.order(epoch))
 
     @staticmethod
-    def _say(call: Call, epoch: int, order: Order, done: list[int]) -> None:
-        flat = array("q", [index for batch in order for index in batch])
-        header = {"op": "order", "epoch": epoch, "sizes": [len(batch) for batch in order], "done": done}
-        call(header, flat.tobytes())
+    def _say(call: Call, epoch: int, order: Order) -> None:
+        call({"op": "order", "epoch": epoch, "num_batches": len(order)}, order.pack())
 
     def order(self, epoch: int) -> Order:
         """The batches of an epoch, from the user's sampler under a seed of the epoch's own."""
@@ -98,7 +95,7 @@ class LeasedBatches:
                     f"{type(sampler).__name__} yields {type(batch[0]).__name__}s. The queue deals out sample numbers:"
                     " let the sampler yield integers, and the data set translate them."
                 )
-        return [[int(index) for index in batch] for batch in batches[: self._num_batches]]
+        return Order.of(batches[: self._num_batches])
 
     def give_back(self) -> None:
         """Return what was dealt to batches that nobody will see."""

@@ -23,7 +23,7 @@ from .consistency.memory import Segment
 from .consistency.optimizers import Hyperparameters, try_state
 from .consistency.plan import ParameterInfo, StateEntry
 from .consistency.shared import InPlace, SharedLayout, SharedParameters, lay_out
-from .consistency.snapshot import Snapshot
+from .consistency.snapshot import Snapshot, ask
 from .placement.optimizers import is_elementwise
 
 
@@ -294,7 +294,7 @@ class HogwildStrategy(UpdatingStrategy):
     # ------------------------------------------------------------------ one pass over the memory
 
     def _read_snapshot(self, with_state: bool) -> Snapshot:
-        report, _ = self.client.call({"op": "snapshot"})
+        report = ask(self.client, with_state)
         self.client.call({"op": "release"})
         weights, state = self.shared.read(with_state)
         for parameter, weight in zip(self._parameters, weights, strict=True):

@@ -18,10 +18,10 @@ class Commands:
 
     """
 
-    def __init__(self, give: Callable[[Header], None], announce: Callable[[Worker, Header], None]) -> None:
+    def __init__(self, give: Callable[[Header], None], announce: Callable[[Worker, Header, bytes], None]) -> None:
         self._give = give
         self._announce = announce
-        self._announcements: deque[tuple[int, Worker, Header]] = deque()
+        self._announcements: deque[tuple[int, Worker, Header, bytes]] = deque()
         self._held: list[Header] = []
         self._done: list[int] = []
         self.last = 0  # whether the shards were given it, or it waits for a snapshot to be read
@@ -46,11 +46,11 @@ class Commands:
         """Mailboxes that commands need which wait for a snapshot to be read."""
         return {str(command["mailbox"]) for command in self._held if "mailbox" in command}
 
-    def issue(self, command: Header, worker: Worker, announcement: Header) -> None:
+    def issue(self, command: Header, worker: Worker, announcement: Header, payload: bytes = b"") -> None:
         """Give a command its number; its worker hears when all shards have carried it out."""
         self.last += 1
         command["c"] = self.last
-        self._announcements.append((self.last, worker, announcement))
+        self._announcements.append((self.last, worker, announcement, payload))
         if self.reader is not None:
             self._held.append(command)
         else:
@@ -65,13 +65,13 @@ class Commands:
 
     def _tell(self) -> None:
         while self._announcements and self._announcements[0][0] <= self.num_done:
-            _, worker, announcement = self._announcements.popleft()
-            self._announce(worker, announcement)
+            _, worker, announcement, payload = self._announcements.popleft()
+            self._announce(worker, announcement, payload)
 
     def fail(self, message: str) -> None:
         """Nothing more will be done: say so to who waits for it."""
-        for _, worker, announcement in self._announcements:
-            self._announce(worker, {**announcement, "failed": message})
+        for _, worker, announcement, _ in self._announcements:
+            self._announce(worker, {**announcement, "failed": message}, b"")
         self._announcements.clear()
 
     def hold(self, reader: Worker) -> None:

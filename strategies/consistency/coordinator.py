@@ -16,6 +16,7 @@ from typing import Any
 
 from .commands import Commands
 from .meetings import Board, Meetings
+from .order import Order, pack_orders
 from .queue import Ticket, WorkQueue
 from .replay import Replay
 from .requests import check_request
@@ -204,9 +205,9 @@ class Coordinator:
             self._send(worker.peer, {"re": header["id"], **reply}, payload)
         return True
 
-    def _announce(self, worker: Worker, header: Header) -> None:
+    def _announce(self, worker: Worker, header: Header, payload: bytes) -> None:
         if self._by_peer.get(worker.peer) is worker:  # alive, or given up and about to learn so: it waits for this
-            self._send(worker.peer, header, b"")
+            self._send(worker.peer, header, payload)
 
     def _progress(self, now: float) -> None:
         """Look again at everything that waits, until nothing moves."""
@@ -322,17 +323,8 @@ class Coordinator:
         return self._answer(worker, header, {"open": self.queue.is_open(int(header["epoch"]))})
 
     def _on_order(self, worker: Worker, header: Header, payload: bytes) -> bool:
-        """The order of an epoch: sizes of its batches in the header, indices as 64-bit integers."""
-        if sum(header["sizes"]) * 8 != len(payload):
-            raise ValueError(f"an order of {sum(header['sizes'])} samples comes with {len(payload)} bytes")
-        if any(position >= len(header["sizes"]) for position in header.get("done", ())):
-            raise ValueError("an order has batches done that it does not have")
-        indices = memoryview(payload).cast("q")
-        batches, at = [], 0
-        for size in header["sizes"]:
-            batches.append(indices[at : at + size].tolist())
-            at += size
-        self.queue.open(int(header["epoch"]), batches, header.get("done", ()))
+        """The order of an epoch, packed."""
+        self.queue.open(int(header["epoch"]), Order.unpack(int(header["num_batches"]), payload))
         return self._answer(worker, header, {})
 
     def _on_lease(self, worker: Worker, header: Header, payload: bytes) -> bool:
@@ -354,7 +346,7 @@ class Coordinator:
                 worker.clock = max(worker.clock, self._slowest_clock(but=worker))
             worker.epoch = max(worker.epoch, ticket[0])
             self._replay.happened("lease", worker)
-            return self._answer(worker, header, {"ticket": ticket}, _packed(self.queue.samples(ticket)))
+            return self._answer(worker, header, {"ticket": ticket}, self.queue.samples(ticket).tobytes())
         # What others still hold may come back. Somebody has to stay for it: the leader, whose run ends last.
         last = bool(header.get("last"))
         if last and worker.rank == LEADER and not self.queue.is_covered(epoch, but=worker.key):
@@ -539,12 +531,16 @@ class Coordinator:
             worker.displaced = worker.joined
 
     def _on_snapshot(self, worker: Worker, header: Header, payload: bytes) -> bool:
-        """Hold all later commands back until the worker has read the shards' memory."""
+        """Hold all later commands back until the worker has read the shards' memory.
+
+        Which samples are left is said if it is asked for: that is megabytes, and only a checkpoint needs it.
+        """
         if self.commands.reader is not None:
             return False
         # The queue's state belongs to the same moment as the weights.
-        state = self.report() | {"re": header["id"], "queue": self.queue.state(), "hyper_version": self._hyper_version}
-        self.commands.issue({"op": "mark"}, worker, state)
+        said, orders = pack_orders(self.queue.state() if header.get("queue") else {})
+        state = self.report() | {"re": header["id"], "queue": said, "hyper_version": self._hyper_version}
+        self.commands.issue({"op": "mark"}, worker, state, orders)
         self.commands.hold(worker)
         return True
 
@@ -580,9 +576,3 @@ class Coordinator:
 
     def _on_events(self, worker: Worker, header: Header, payload: bytes) -> bool:
         return self._answer(worker, header, {"events": self._replay.events})
-
-
-def _packed(indices: Sequence[int]) -> bytes:
-    from array import array
-
-    return array("q", indices).tobytes()

@@ -6,24 +6,27 @@ out again, before anything else; so every batch counts exactly once, whoever die
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from .order import Order
 
 Ticket = tuple[int, int]  # epoch, position in its order
 
 
 @dataclass
 class _Epoch:
-    batches: list[list[int]]
+    order: Order | None  # an order of a million samples is not kept once it is done
     num_batches: int
+    num_ahead: int  # batches that have not been dealt out
+    num_done: int
+    num_samples: int  # in the done ones
     total: int  # samples
     next: int = 0
     again: deque[int] = field(default_factory=deque)
-    done: set[int] = field(default_factory=set)
-    done_before: frozenset[int] = frozenset()
-    num_samples: int = 0
 
 
 class WorkQueue:
@@ -31,7 +34,7 @@ class WorkQueue:
 
     Example:
         >>> queue = WorkQueue()
-        >>> queue.open(0, [[2, 0], [1]])
+        >>> queue.open(0, Order.of([[2, 0], [1]]))
         >>> queue.lease("a", 0), queue.lease("b", 0)
         ((0, 0), (0, 1))
         >>> queue.complete("a", [(0, 0)])
@@ -52,23 +55,20 @@ class WorkQueue:
         """Whether the order of an epoch is known."""
         return epoch in self._epochs
 
-    def open(self, epoch: int, batches: Sequence[Sequence[int]], done: Iterable[int] = ()) -> None:
+    def open(self, epoch: int, order: Order) -> None:
         """Set the order of an epoch. The first to say it is believed; all later ones are ignored.
 
         Args:
             epoch: Its number.
-            batches: Indices of the samples of each batch.
-            done: Positions that an earlier run has trained on.
+            order: Its batches, and which of them an earlier run has trained on.
 
         """
         if epoch not in self._epochs:
-            done = set(done)
-            total = sum(len(batch) for batch in batches)
-            fresh = _Epoch(
-                [list(batch) for batch in batches], len(batches), total, done=done, done_before=frozenset(done)
+            num_done = sum(order.done)
+            num_samples = sum(size for size, done in zip(order.sizes, order.done, strict=True) if done)
+            self._epochs[epoch] = _Epoch(
+                order, len(order), len(order) - num_done, num_done, num_samples, len(order.samples)
             )
-            fresh.num_samples = sum(len(fresh.batches[position]) for position in done)
-            self._epochs[epoch] = fresh
 
     def lease(self, worker: Any, epoch: int, kept: Container[int] = ()) -> Ticket | None:
         """Deal out a batch of an epoch, or of an earlier one that a lost worker left behind.
@@ -85,32 +85,25 @@ class WorkQueue:
         for number in sorted(self._epochs):
             if number > epoch:
                 break
-            if number in kept:
-                continue
             pending = self._epochs[number]
-            position = None
+            if number in kept or pending.order is None:
+                continue
             if pending.again:
                 position = pending.again.popleft()
+            elif pending.num_ahead:
+                position = pending.order.done.index(0, pending.next)  # what an earlier run has done is passed over
+                pending.next = position + 1
+                pending.num_ahead -= 1
             else:
-                while pending.next < pending.num_batches and pending.next in pending.done:
-                    pending.next += 1
-                if pending.next < pending.num_batches:
-                    position = pending.next
-                    pending.next += 1
-            if position is not None:
-                self._leases[number, position] = worker
-                return number, position
+                continue
+            self._leases[number, position] = worker
+            return number, position
         return None
 
     def num_left(self, epoch: int) -> int:
         """How many batches of an epoch can be dealt out now."""
         pending = self._epochs.get(epoch)
-        if pending is None:
-            return 0
-        ahead = pending.num_batches - pending.next
-        if pending.done_before:  # of an earlier run: positions of the order that are passed over
-            ahead -= sum(1 for position in pending.done_before if position >= pending.next)
-        return ahead + len(pending.again)
+        return 0 if pending is None else pending.num_ahead + len(pending.again)
 
     def epochs(self, last: int) -> list[int]:
         """All epochs up to one whose order is known."""
@@ -121,10 +114,12 @@ class WorkQueue:
         """The newest epoch whose order is known; 0 before any."""
         return max(self._epochs, default=0)
 
-    def samples(self, ticket: Ticket) -> list[int]:
-        """The indices of a batch."""
+    def samples(self, ticket: Ticket) -> array[int]:
+        """The indices of a batch that is leased to somebody."""
         epoch, position = ticket
-        return self._epochs[epoch].batches[position]
+        order = self._epochs[epoch].order
+        assert order is not None
+        return order.batch(position)
 
     def holds(self, worker: Any, tickets: Iterable[Ticket]) -> bool:
         """Whether all of these are leased to a worker."""
@@ -137,12 +132,15 @@ class WorkQueue:
             del self._leases[ticket]
             epoch, position = ticket
             pending = self._epochs[epoch]
-            assert position not in pending.done, f"{ticket} was trained on twice"
-            pending.done.add(position)
-            pending.num_samples += len(pending.batches[position])
-            self.num_samples += len(pending.batches[position])
-            if len(pending.done) == pending.num_batches:
-                pending.batches = []  # an order of a million samples is not kept for every epoch
+            order = pending.order
+            assert order is not None
+            assert not order.done[position], f"{ticket} was trained on twice"
+            order.done[position] = 1
+            pending.num_done += 1
+            pending.num_samples += order.sizes[position]
+            self.num_samples += order.sizes[position]
+            if pending.num_done == pending.num_batches:
+                pending.order = None
 
     def revoke(self, worker: Any) -> list[Ticket]:
         """Take back all that a worker was dealt and has not completed."""
@@ -171,7 +169,7 @@ class WorkQueue:
         for number, pending in self._epochs.items():
             if number <= epoch:
                 mine = sum(1 for (at, _), holder in self._leases.items() if at == number and holder == but)
-                if len(pending.done) + mine < pending.num_batches:
+                if pending.num_done + mine < pending.num_batches:
                     return False
         return True
 
@@ -180,10 +178,10 @@ class WorkQueue:
         pending = self._epochs[epoch]
         return pending.num_samples, pending.total
 
-    def state(self) -> dict[str, Any]:
-        """What a later run needs to go on: the epochs that are not covered whole, with their orders."""
+    def state(self) -> dict[int, Order]:
+        """What a later run needs to go on: the orders of epochs that are not covered whole, as they are now."""
         return {
-            str(number): {"batches": pending.batches, "done": sorted(pending.done)}
+            number: pending.order
             for number, pending in self._epochs.items()
-            if len(pending.done) < pending.num_batches
+            if pending.order is not None and pending.num_done < pending.num_batches
         }

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .client import Client
 from .optimizers import read_entry
+from .order import unpack_orders
 from .plan import Plan, Slice
 from .staleness import MEAN_SQUARE
 from .updates import SliceMemory
@@ -94,6 +95,22 @@ def ranges_of(slice_: Slice, with_state: bool) -> list[tuple[int, int]]:
     return [(0, slice_.flags_offset + len(slice_.units)), *batches]
 
 
+def ask(client: Client, with_state: bool) -> dict[str, Any]:
+    """Have later updates held back, until ``release``.
+
+    Args:
+        client: The worker's line to the coordinator.
+        with_state: For a checkpoint, which needs to know which samples are left, too.
+
+    Returns:
+        The coordinator's numbers at this version.
+
+    """
+    report, payload = client.call({"op": "snapshot", "queue": with_state})
+    orders = unpack_orders(report["queue"], payload)
+    return {**report, "queue": {str(epoch): order.state() for epoch, order in orders.items()}}
+
+
 Attach = Callable[[int, bool], SliceMemory]  # number of a shard, and whether its state is wanted
 
 
@@ -107,7 +124,7 @@ def take(client: Client, plan: Plan, attach: Attach, with_state: bool) -> Snapsh
         with_state: Read the optimizers' state, too.
 
     """
-    report, _ = client.call({"op": "snapshot"})
+    report = ask(client, with_state)
     try:
         memories = [attach(shard, with_state) for shard in range(len(plan.slices))]
         weights = tuple(torch.empty(info.num_elements, dtype=info.dtype) for info in plan.parameters)

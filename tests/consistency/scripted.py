@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from squall.consistency.coordinator import Coordinator, RunOptions
+from squall.consistency.order import Order
 
 
 @dataclass
@@ -88,7 +89,8 @@ class ScriptedRun:
         return self
 
     def open(self, epoch: int, *sizes: int) -> None:
-        self.ask(0, "order", array("q", range(sum(sizes))).tobytes(), epoch=epoch, sizes=list(sizes))
+        order = Order(array("q", sizes), array("q", range(sum(sizes))), bytearray(len(sizes)))
+        self.ask(0, "order", order.pack(), epoch=epoch, num_batches=len(order))
 
     def lease(self, rank: int, epoch: int = 0, last: bool = False) -> Asked:
         return self.ask(rank, "lease", epoch=epoch, last=last)

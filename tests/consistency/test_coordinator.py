@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from squall.consistency.order import unpack_orders
+
 from .scripted import ScriptedRun
 
 
@@ -237,13 +239,13 @@ def test_a_snapshot_holds_later_commands_back_until_it_is_read() -> None:
     run = ScriptedRun(2, num_shards=1).begin(2, 1, 1)
     run.commit(1, 0, run.lease(1)["ticket"])
     held = run.lease(1)["ticket"]
-    snapshot = run.ask(0, "snapshot")
+    snapshot = run.ask(0, "snapshot", queue=True)
     run.carry_out(1)
     assert snapshot.waits  # until the shards have come to it
     assert [command["op"] for command in run.commands] == ["apply", "mark"]
     run.carry_out(2)
     assert snapshot["version"] == 1
-    assert snapshot["queue"]["0"]["done"] == [0]
+    assert list(unpack_orders(snapshot["queue"], snapshot.payload)[0].done) == [1, 0, 0]
     push, fetch = run.commit(1, 1, held), run.fetch(0)
     assert push["version"] == 2  # the run goes on: only the shards wait
     assert len(run.commands) == 2

@@ -10,7 +10,6 @@ import signal
 import socket
 import struct
 import threading
-from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +28,7 @@ from squall.consistency.hosting import HostProcess
 from squall.consistency.jobs import Address
 from squall.consistency.memory import Segment
 from squall.consistency.optimizers import carry, carry_groups, try_state
+from squall.consistency.order import Order
 from squall.consistency.plan import ParameterInfo, StateEntry, make_plan
 from squall.consistency.replica import Replica
 from squall.consistency.shard import ShardSpec
@@ -71,7 +71,7 @@ class LoopInAThread:
         self.witness = connect((self.address.host, self.address.port), self.address.token)
         self.witness.sock.settimeout(20.0)
         self.ask(self.witness, "hello", rank=0, run=self.run["run"])
-        self.ask(self.witness, "order", array("q", range(4)).tobytes(), epoch=0, sizes=[1] * 4)
+        self.ask(self.witness, "order", Order.of([[n] for n in range(4)]).pack(), epoch=0, num_batches=4)
         Segment(f"{self.run['name']}-w0.0", 64)
         self.ask(self.witness, "join", mailbox=f"{self.run['name']}-w0.0")
 
@@ -174,8 +174,9 @@ OPERATIONS = [
     "return", "leave", "snapshot", "release", "buffers", "report", "events", "handle", "", "__init__", "no such",
 ]  # fmt: skip
 FIELDS = [
-    "rank", "run", "mailbox", "epoch", "sizes", "done", "last", "version", "tickets", "slot", "base", "base_buffer",
-    "absent", "fetch", "buffer", "hyper", "hyper_version", "buffers", "key", "kind", "value", "write", "id",
+    "rank", "run", "mailbox", "epoch", "num_batches", "queue", "last", "version", "tickets", "slot", "base",
+    "base_buffer", "absent", "fetch", "buffer", "hyper", "hyper_version", "buffers", "key", "kind", "value", "write",
+    "id",
 ]  # fmt: skip
 ODD = (
     st.none() | st.booleans() | st.integers(-2, 3) | st.integers() | st.sampled_from([1e400, -1e400, float("nan"), 0.5])
@@ -243,9 +244,9 @@ BAD = {
     "a fetch to nowhere": {"op": "fetch"},
     "a fetch to a buffer that is none": {"op": "fetch", "buffer": -1},
     "a version of no number": {"op": "await", "version": []},
-    "an order of no numbers": {"op": "order", "epoch": 3, "sizes": ["a"]},
-    "an order of more than it has": {"op": "order", "epoch": 3, "sizes": [100]},
-    "an order with odd ones done": {"op": "order", "epoch": 3, "sizes": [], "done": [-1]},
+    "an order of no number": {"op": "order", "epoch": 3, "num_batches": "a"},
+    "an order of more than it has": {"op": "order", "epoch": 3, "num_batches": 100},
+    "an order of more than there can be": {"op": "order", "epoch": 3, "num_batches": 1 << 61},
     "a meeting of no name": {"op": "meet", "kind": "all"},
     "no such thing": {"op": "explode"},
     "an operation of no name": {"op": ["commit"]},

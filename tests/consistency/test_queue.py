@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from squall.consistency.order import Order, pack_orders, unpack_orders
 from squall.consistency.queue import Ticket, WorkQueue
 
 WORKERS = st.sampled_from("abc")
@@ -36,7 +37,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.num_before = 0
         for epoch, of_epoch in enumerate(sizes):
             before = data.draw(st.sets(st.integers(0, len(of_epoch) - 1)))
-            self.queue.open(epoch, sizes_to_batches(of_epoch), before)
+            self.queue.open(epoch, Order.of(sizes_to_batches(of_epoch), before))
             self.done += [(epoch, position) for position in before]
             self.free |= {(epoch, position) for position in range(len(of_epoch)) if position not in before}
         self.num_before = len(self.done)
@@ -100,12 +101,12 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def resume(self) -> None:
         """A later run, from what this one's state says."""
-        state = self.queue.state()
+        state = unpack_orders(*pack_orders(self.queue.state()))
         self.queue, reissued = WorkQueue(), self.queue.num_reissued
         self.queue.num_reissued = reissued
         for epoch, of_epoch in enumerate(self.sizes):
-            known = state.get(str(epoch), {"batches": sizes_to_batches(of_epoch), "done": range(len(of_epoch))})
-            self.queue.open(epoch, known["batches"], known["done"])
+            known = state.get(epoch, Order.of(sizes_to_batches(of_epoch), range(len(of_epoch))))
+            self.queue.open(epoch, Order.from_state(known.state()))
         self.num_before = len(self.done)
         self.free |= set(self.leased)
         self.leased.clear()
@@ -150,7 +151,7 @@ TestQueueMachine.settings = settings(max_examples=60, stateful_step_count=30, de
 
 def test_a_lost_workers_batches_come_first_and_in_their_order() -> None:
     queue = WorkQueue()
-    queue.open(0, [[0], [1], [2], [3]])
+    queue.open(0, Order.of([[0], [1], [2], [3]]))
     for worker in "aba":
         queue.lease(worker, 0)
     assert queue.revoke("a") == [(0, 0), (0, 2)]
@@ -159,8 +160,8 @@ def test_a_lost_workers_batches_come_first_and_in_their_order() -> None:
 
 def test_what_an_earlier_epoch_has_left_is_dealt_first_unless_it_is_kept() -> None:
     queue = WorkQueue()
-    queue.open(0, [[0], [1]])
-    queue.open(1, [[2]])
+    queue.open(0, Order.of([[0], [1]]))
+    queue.open(1, Order.of([[2]]))
     queue.lease("a", 0)
     queue.revoke("a")
     assert queue.lease("b", 1) == (0, 0)
@@ -171,9 +172,9 @@ def test_what_an_earlier_epoch_has_left_is_dealt_first_unless_it_is_kept() -> No
 
 def test_the_first_order_of_an_epoch_is_believed() -> None:
     queue = WorkQueue()
-    queue.open(0, [[7]])
-    queue.open(0, [[8], [9]])
+    queue.open(0, Order.of([[7]]))
+    queue.open(0, Order.of([[8], [9]]))
     assert queue.num_left(0) == 1
-    assert queue.samples((0, 0)) == [7]
+    assert queue.samples((0, 0)).tolist() == [7]
     assert queue.num_left(5) == 0
     assert queue.last_epoch == 0
