@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from ._arguments import check_seconds
 from .consistency.client import Client, CoordinatorGoneError, LeaderLostError, RevokedError, RunFailedError
 from .consistency.coordinator import LEADER
 from .consistency.hosting import get_host, tidy
@@ -49,8 +50,7 @@ class LiveRanks(DDPStrategy):
 
     def __init__(self, lease_timeout: float, **options: Any) -> None:
         super().__init__(**options)
-        if not lease_timeout > 0:
-            raise MisconfigurationException(f"lease_timeout={lease_timeout!r} must be a number of seconds above 0.")
+        check_seconds("lease_timeout", lease_timeout)
         self._lease_timeout = lease_timeout
         self._client: Client | None = None
         self._run_name = ""

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ._arguments import check_seconds, check_whole
 from ._asynchronous import AsynchronousStrategy, callbacks_of
 from .consistency import snapshot as snapshots
 from .consistency.buffers import BufferAverage
@@ -51,6 +52,7 @@ class UpdatingStrategy(AsynchronousStrategy):
     ) -> None:
         super().__init__(lease_timeout, **options)
         check_whole("warm_start_steps", warm_start_steps, 0)
+        check_seconds("join_timeout", join_timeout)
         self.warm_start_steps = warm_start_steps
         self._join_timeout = join_timeout
         self._parameters: list[nn.Parameter] = []
@@ -433,9 +435,3 @@ class UpdatingStrategy(AsynchronousStrategy):
             rest()  # after an exception others may still need the weights
         self._all_have_ended = False
         super()._leave_run()
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number, or too small a one."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise MisconfigurationException(f"{name}={value!r} must be a whole number, {least} or more.")

@@ -17,8 +17,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._arguments import check_flag, check_whole
 from ._asynchronous import parameters_of
-from ._updating import OWN_STATE, UpdatingStrategy, check_whole
+from ._updating import OWN_STATE, UpdatingStrategy
 from .consistency import snapshot as snapshots
 from .consistency.hosting import get_host
 from .consistency.mailbox import HostLostError
@@ -144,6 +145,7 @@ class DownpourStrategy(UpdatingStrategy):
             raise MisconfigurationException(f"num_columns={num_columns!r}: replicas are whole so far. Leave it at 1.")
         if sparsity is not None:
             raise MisconfigurationException(f"sparsity={sparsity!r}: weights are dense so far. Leave sparsity=None.")
+        check_flag("overlap", overlap)
         _check_codec(codec)
         self.push_every = push_every
         self.fetch_every = fetch_every

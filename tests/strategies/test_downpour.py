@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -283,9 +284,16 @@ def test_edits_between_steps_are_kept() -> None:
         ({"codec": "gzip"}, "codec"),
         ({"warm_start_steps": True}, "warm_start_steps=True"),
         ({"lease_timeout": 0}, "lease_timeout=0"),
+        ({"lease_timeout": "30"}, "lease_timeout='30' must be a number of seconds"),
+        ({"lease_timeout": float("inf")}, "lease_timeout=inf"),
+        ({"lease_timeout": float("nan")}, "lease_timeout=nan"),
+        ({"join_timeout": "x"}, "join_timeout='x' must be a number of seconds"),
+        ({"join_timeout": None}, "join_timeout=None"),
+        ({"overlap": "no"}, "overlap='no' must be True or False"),
+        ({"codec": 5}, "codec=5 must be one of"),
         ({"num_columns": 2}, "num_columns=2"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, RuntimeError, Exception), match=message):
+    with pytest.raises(MisconfigurationException, match=message):
         squall.DownpourStrategy(**options)

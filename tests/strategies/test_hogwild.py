@@ -455,7 +455,17 @@ def test_parameters_that_come_later_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, devices=1).fit(_Thaws(), DataLoader(samples(), batch_size=4))
 
 
-@pytest.mark.parametrize("options", [{"warm_start_steps": -1}, {"warm_start_steps": 1.5}, {"lease_timeout": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"warm_start_steps": -1},
+        {"warm_start_steps": 1.5},
+        {"lease_timeout": 0},
+        {"lease_timeout": "30"},
+        {"join_timeout": "x"},
+        {"join_timeout": -1},
+    ],
+)
 def test_arguments_that_make_no_sense_are_refused(options: Any) -> None:
     with pytest.raises(MisconfigurationException, match=next(iter(options))):
         squall.HogwildStrategy(**options)
