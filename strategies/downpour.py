@@ -80,8 +80,8 @@ class DownpourStrategy(UpdatingStrategy):
         precision_plugin: Numerical precision.
 
     Raises:
-        MisconfigurationException: Before the first batch, if an argument, or an optimizer that needs a closure,
-            makes no sense here.
+        MisconfigurationException: Before the first batch, if an argument makes no sense here, or an optimizer can't be
+            stepped by slices: it needs a closure, or keeps something outside its state of each parameter.
 
     On several hosts (``num_nodes``) each has an equal part of the shards. Rank 0's coordinates, and keeps what it last
     saw of the others' shards, at validation or a checkpoint; should a host be lost, its shards go on there from that.

@@ -179,7 +179,7 @@ class HogwildStrategy(UpdatingStrategy):
             if key not in tried:
                 optimizer = self.optimizers[index]
                 tried[key] = tuple(
-                    try_state(optimizer, optimizer.param_groups[group], (5,), parameter.dtype, faster=False)
+                    try_state(optimizer, optimizer.param_groups[group], (5,), parameter.dtype, at_shard=False)
                 )
             infos.append(ParameterInfo(tuple(parameter.shape), parameter.dtype, index, group, tried[key]))
         return lay_out(infos, self._parameters)

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .outside import copied, outside, refuse_changes, refuse_parameters
 from .plan import StateEntry
 
 Hyperparameters = list[dict[str, Any]]  # of each group of an optimizer: all but its parameters
@@ -28,18 +29,22 @@ def carry(optimizer: Optimizer) -> bytes:
         MisconfigurationException: If something that it holds can't be carried to another process.
 
     """
-    attributes = {
-        key: value
-        for key, value in vars(optimizer).items()
-        if key not in _PER_PROCESS and "hook" not in key and not key.startswith("_squall") and "zero_grad" not in key
-    }
     try:
-        return bytes(cloudpickle.dumps((type(optimizer), attributes)))
+        return bytes(cloudpickle.dumps((type(optimizer), _attributes(optimizer))))
     except Exception as error:
         raise MisconfigurationException(
             f"{type(optimizer).__name__} can't be carried to the shards, which step it: {error}. Keep what can't be"
             " pickled (open files, locks, modules' hooks) out of the optimizer."
         ) from error
+
+
+def _attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """What makes an optimizer what it is: all but its parameters, their state, and who listens to it."""
+    return {
+        key: value
+        for key, value in vars(optimizer).items()
+        if key not in _PER_PROCESS and "hook" not in key and not key.startswith("_squall") and "zero_grad" not in key
+    }
 
 
 def unpack(data: bytes) -> Optimizer:
@@ -78,12 +83,6 @@ def _bare(kind: type[Optimizer], attributes: Mapping[str, Any]) -> Optimizer:
     optimizer.state = defaultdict(dict)
     optimizer.param_groups = []
     return optimizer
-
-
-def copy_bare(optimizer: Optimizer) -> Optimizer:
-    """A copy of an optimizer without parameters, state and hooks."""
-    attributes = {k: v for k, v in vars(optimizer).items() if k not in _PER_PROCESS and "hook" not in k}
-    return _bare(type(optimizer), attributes)
 
 
 def hyperparameters(optimizer: Optimizer) -> Hyperparameters:
@@ -134,7 +133,7 @@ def try_state(
     group: Mapping[str, Any],
     shape: Sequence[int],
     dtype: torch.dtype,
-    faster: bool = True,
+    at_shard: bool = True,
 ) -> list[StateEntry]:
     """Find out what an optimizer keeps for a parameter, by stepping a copy of it on one.
 
@@ -143,18 +142,24 @@ def try_state(
         group: The parameter's group.
         shape: The parameter's shape.
         dtype: The type of its elements.
-        faster: Step it as a shard would, by :func:`make_faster`.
+        at_shard: Step it as a shard would, by :func:`make_faster`, and refuse what a shard can't be.
 
     Raises:
         MisconfigurationException: If the optimizer can't be stepped with gradients alone, or keeps what can't lie in
-            shared memory.
+            shared memory; at a shard, if it keeps anything outside its state of the parameter.
 
     """
     name = type(optimizer).__name__
-    trial = copy_bare(optimizer)
+    attributes = _attributes(optimizer)
+    before = outside(attributes, group)
+    if at_shard:
+        refuse_parameters(name, before)
+        attributes = {key: copied(value) for key, value in attributes.items()}
+        group = {key: copied(value) for key, value in group.items() if key != "params"}
+    trial = _bare(type(optimizer), attributes)
     parameter = nn.Parameter(torch.full(tuple(shape), 0.5, dtype=dtype))
     trial.param_groups = [{**group, "params": [parameter]}]
-    if faster:
+    if at_shard:
         make_faster(trial, trial.param_groups[0])
     for value in (0.25, -0.5):
         parameter.grad = torch.full_like(parameter, value)
@@ -165,6 +170,9 @@ def try_state(
                 f"{name} can't be stepped on a shard, from gradients alone: {type(error).__name__}: {error}."
                 " Use an optimizer whose step() needs no closure, or another strategy."
             ) from error
+    if at_shard:
+        after = outside(_attributes(trial), trial.param_groups[0])
+        refuse_changes(name, before, after, [key for key in trial.state if key is not parameter])
     entries = []
     for key, value in trial.state[parameter].items():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.numel() > 1:
