@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
@@ -14,7 +15,6 @@ from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -67,6 +67,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         self._last_report: dict[str, Any] = {}
         self._unstep: list[Callable[[], None]] = []
         self._events: list[list[Any]] = []
+        self._warned: set[str] = set()
 
     def _run_options(self, trainer: Trainer) -> dict[str, Any]:
         return {
@@ -134,11 +135,8 @@ class UpdatingStrategy(AsynchronousStrategy):
         """
 
     @abstractmethod
-    def _keep_edits(self, first: bool) -> bool:
-        """Let what callbacks and user code wrote into the leader's weights be everybody's.
-
-        Args:
-            first: Whether this is an epoch's first batch.
+    def _write_edits(self) -> bool:
+        """Let what callbacks and user code wrote into this worker's weights be everybody's.
 
         Returns:
             Whether there was anything.
@@ -218,16 +216,24 @@ class UpdatingStrategy(AsynchronousStrategy):
         """Compute with the present weights; while a snapshot was looked at, the others went on."""
         super().on_train_batch_start(batch, batch_idx)
         assert self._buffers is not None
-        if self.is_leader and self._keep_edits(first=batch_idx == 0):
-            rank_zero_warn(
-                "The weights were edited between two steps, by a callback or by the module itself. Such edits of rank"
-                " 0 are given to all workers, over what these have made of them meanwhile; those of other ranks are"
-                " lost."
-            )
         if self._snapshot is not None:
+            self._keep_edits()
             self._snapshot = None
             self._buffers.take_back()
             self._rejoining(self._leave_snapshot)
+
+    def _keep_edits(self) -> None:
+        """Write what was edited; say so once, if there are others who have made something of it meanwhile."""
+        if self._write_edits() and self.world_size > 1:
+            self._warn_once(
+                "The weights were edited between two steps, by a callback or by the module itself. What a rank has"
+                " edited replaces, element by element, what others have made of it meanwhile."
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"Rank {self.global_rank}: {message}", stacklevel=2)
 
     def _rejoining(self, action: Callable[[], Any]) -> None:
         """Do what may find this worker given up; it then joins again, and what it was about to push is lost."""
@@ -302,6 +308,8 @@ class UpdatingStrategy(AsynchronousStrategy):
     def _take_snapshot(self, with_state: bool) -> snapshots.Snapshot:
         """Compute with one reading of all weights, and know all that a checkpoint needs of it."""
         if self._snapshot is None or (with_state and not self._snapshot.report.get("with_state")):
+            if self._snapshot is None and self._in_loop and self.is_leader:
+                self._keep_edits()  # or they are gone when the weights are what was read
             shot = self._read_snapshot(with_state)
             shot.report["with_state"] = with_state
             self._lend_buffers()
@@ -374,7 +382,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         """Hand in what is left, wait for the others, and end with the weights that all end with."""
         if self._in_loop and self._buffers is not None:
             if self.is_leader:
-                self._keep_edits(first=False)
+                self._keep_edits()
             self._buffers.take_back()
             self._hand_in_the_rest()
             if self._snapshot is not None:
@@ -430,6 +438,7 @@ class UpdatingStrategy(AsynchronousStrategy):
             self._buffers.take_back()
         self._buffers = self._snapshot = None
         self._sent_hyper = None
+        self._warned.clear()
         self._num_members.clear()
         if self.is_leader and (self._all_have_ended or self.world_size == 1):
             rest()  # after an exception others may still need the weights

@@ -21,6 +21,7 @@ from ._arguments import check_flag, check_whole
 from ._asynchronous import parameters_of
 from ._updating import OWN_STATE, UpdatingStrategy
 from .consistency import snapshot as snapshots
+from .consistency.client import RevokedError
 from .consistency.hosting import get_host
 from .consistency.mailbox import HostLostError
 from .consistency.memory import Segment
@@ -67,8 +68,7 @@ class DownpourStrategy(UpdatingStrategy):
         num_columns: Reserved for replicas in columns; only 1 is accepted.
         sparsity: Reserved for sparse weights; only ``None`` is accepted.
         overlap: Compute the next gradient while the last one is carried and applied: nobody waits for a shard or a
-            wire, and every gradient is an update staler. What callbacks write into rank 0's weights counts where
-            these have been looked at, at validation or a checkpoint; elsewhere the weights on their way replace it.
+            wire, and every gradient is an update staler.
         lease_timeout: Seconds without a sign of life after which a worker counts as lost. Workers give such signs
             while they compute.
         join_timeout: Seconds that the first workers wait for the others, before they begin without them.
@@ -158,6 +158,7 @@ class DownpourStrategy(UpdatingStrategy):
         self._replica: Replica | None = None
         self._plan: Plan | None = None
         self._accrued = Sums(0)
+        self._begins_epoch = True  # until this worker's first step in it
         self._copied: dict[int, snapshots.Copied] = {}  # what was read of other hosts' shards
 
     def _run_options(self, trainer: Trainer) -> dict[str, Any]:
@@ -257,31 +258,42 @@ class DownpourStrategy(UpdatingStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Compute with what came back from the last push, and not further ahead than the run allows."""
         super().on_train_batch_start(batch, batch_idx)
+        self._begins_epoch = self._begins_epoch or batch_idx == 0
         warms_up = not self.is_leader and self.replica.base < self.warm_start_steps
         if self.max_staleness is not None or warms_up:
             self._rejoining(lambda: self.client.call({"op": "gate"}))
         if warms_up:  # it joined before the leader went ahead
             self._rejoining(self.replica.fetch)
         if self.overlap:
+            self._keep_edits()  # which weights on their way would replace
             self._rejoining(lambda: self.replica.land(keep=1))
             self._collect(wait=False)
 
-    def _keep_edits(self, first: bool) -> bool:
-        reference = None if self._snapshot is None else self._snapshot.weights
-        if reference is not None:
-            self._collect(wait=True)
-        look = first or reference is not None
-        try:
-            return self.replica.write_if_edited(reference, look=look)
-        except HostLostError:
-            edited = [parameter.detach().clone() for parameter in self._parameters]
-            self.replica.join()
-            with torch.no_grad():
-                for parameter, weight in zip(self._parameters, edited, strict=True):
-                    parameter.data.copy_(weight)
-            return self.replica.write_if_edited(look=True)
+    def _write_edits(self) -> bool:
+        edits = self.replica.find_edits()
+        if not edits:
+            return False
+        if self._begins_epoch and not self.is_leader:
+            self.replica.remember()
+            self._warn_once(
+                "The weights were edited between two epochs. There only rank 0's edits count, or each rank's own would"
+                " be made once more; those between two steps count on every rank."
+            )
+            return False
+        while True:
+            try:
+                self.replica.write(edits)
+                break
+            except HostLostError:
+                self._rejoin(greets=False)
+            except RevokedError:
+                self._rejoin()
+        self._version = max(self._version, self.replica.version)
+        return True
 
     def _step(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
+        self._keep_edits()
+        self._begins_epoch = False
         gradients = self._gradients_of(optimizer)
         self._count(self._version)
         if all(gradient is None for gradient in gradients):
@@ -345,6 +357,9 @@ class DownpourStrategy(UpdatingStrategy):
         tickets = list(self._tickets)
         self._tickets.clear()
 
+        if self.overlap:
+            self.replica.remember()  # what is fetched now comes where these weights were
+
         def push() -> None:
             if self.overlap and fetch and self.replica.is_far:
                 self.replica.push_later(gradients, tickets, hyper, buffers)
@@ -386,10 +401,7 @@ class DownpourStrategy(UpdatingStrategy):
                 self.replica.join()
         if with_state and self.is_leader and self.num_nodes > 1:
             self._keep_copies(shot.version)
-        with torch.no_grad():
-            for parameter, weight in zip(self._parameters, shot.weights, strict=True):
-                parameter.data.copy_(weight)
-        self.replica.base = shot.version
+        self.replica.compute_with(shot.weights, shot.version)
         return shot
 
     def _attach(self, shard: int, with_state: bool) -> SliceMemory:

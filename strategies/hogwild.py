@@ -224,6 +224,7 @@ class HogwildStrategy(UpdatingStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note which updates have been made before this gradient."""
         super().on_train_batch_start(batch, batch_idx)
+        self._keep_edits()
         if self._begins_gradient:
             self._rejoining(self._note_base)
             self._begins_gradient = False
@@ -302,7 +303,7 @@ class HogwildStrategy(UpdatingStrategy):
         return Snapshot(int(report["version"]), weights, state, report)
 
     @torch.no_grad()
-    def _keep_edits(self, first: bool) -> bool:
+    def _write_edits(self) -> bool:
         edited = False
         for index, parameter in enumerate(self._parameters):
             weight = self.shared.weights[index]

@@ -482,9 +482,9 @@ class Coordinator:
         return self._answer(worker, header, {})
 
     def _on_write(self, worker: Worker, header: Header, payload: bytes) -> bool:
-        """Weights that the leader has edited, in place of the shards' own."""
-        if worker.rank != LEADER:
-            raise ValueError("only the leader's edits count")
+        """Weights that a worker has edited, in place of the shards' own."""
+        if not worker.joined:
+            raise ValueError("a write before join")
         if worker.displaced:
             return self._answer(worker, header, {"moved": True})
         command = {"op": "write", "mailbox": worker.mailbox, "fetch": header["buffer"]}

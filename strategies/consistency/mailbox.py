@@ -122,8 +122,12 @@ class LocalMailbox:
     def receive(self, buffer: int, exact: bool = False) -> None:
         """Have weights lie here that the shards have written."""
 
-    def send_weights(self, buffer: int) -> None:
-        """Have weights lie with the shards that were written here."""
+    def edits(self, buffer: int) -> list[Tensor]:
+        """Where edited weights for each shard are written."""
+        return self.weights(buffer)
+
+    def send_edits(self, buffer: int) -> None:
+        """Have edited weights lie with the shards."""
 
     def close(self) -> None:
         """Let go of it."""
@@ -165,6 +169,7 @@ class RemoteMailbox:
         self._codes = torch.zeros(end - begin, dtype=torch.uint8)
         # Weights are looked at as soon as they are here, so one buffer is enough: what the shards know to be here.
         self._weights = [torch.zeros(s.num_fetch_bytes, dtype=torch.uint8) for s in self._slices]
+        self._edits: list[Tensor] = []
         self._deltas = None if codec == "fp32" else Deltas(self._slices, codec, self._weights)
         self._incoming = torch.empty(0 if self._deltas is None else self._deltas.num_bytes, dtype=torch.uint8)
         try:
@@ -215,12 +220,16 @@ class RemoteMailbox:
         if coded and self._deltas is not None:
             self._deltas.add(self._incoming)
 
-    def send_weights(self, buffer: int) -> None:
-        """Have weights lie with the shards that were written here."""
-        for start, weights in zip(self._layout.buffers[buffer], self._weights, strict=False):
-            self._ask({"op": "put", "at": start}, weights)
-            self.num_bytes_sent += weights.numel()
-        self._ask({"op": "known", "buffer": buffer})
+    def edits(self, buffer: int) -> list[Tensor]:
+        """Where edited weights for each shard are written."""
+        self._edits = self._edits or [torch.empty_like(weights) for weights in self._weights]
+        return self._edits
+
+    def send_edits(self, buffer: int) -> None:
+        """Have edited weights lie with the shards."""
+        for start, edits in zip(self._layout.buffers[buffer], self._edits, strict=False):
+            self._ask({"op": "put", "at": start}, edits)
+            self.num_bytes_sent += edits.numel()
 
     def read(self, shard: int, ranges: Sequence[tuple[int, int]]) -> bytearray:
         """Read from a shard's memory, for a checkpoint.

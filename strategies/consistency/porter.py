@@ -60,9 +60,6 @@ class Porter:
         elif operation == "weights":
             buffer = self._number(header, "buffer", len(self._layout.buffers))
             line.send(*self._weights(buffer, bool(header.get("exact"))))
-        elif operation == "known":
-            self._know(self._twin.weights(self._number(header, "buffer", len(self._layout.buffers))))
-            line.send({})
         elif operation == "owed":
             line.send({}, sum_residuals(self._prefix, self._plan).numpy().data.cast("B"))
         elif operation == "read":

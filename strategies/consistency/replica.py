@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +91,8 @@ class Replica:
         self._num_joins = 0
         self._courier = Courier()
         self._carried_before = (0, 0)
-        self._stepped = False  # locally, since the last fetch
-        self._seen = 0
+        self._kept: list[Tensor] = []
+        self._expected: list[Tensor] | None = None  # what unedited weights are, if not what was fetched last
         self._pending: deque[tuple[int, int, int]] = deque()  # sequence, buffer and version of fetches under way
 
     # ------------------------------------------------------------------ coming and going
@@ -262,47 +262,90 @@ class Replica:
     # ------------------------------------------------------------------ weights that were edited
 
     @torch.no_grad()
-    def write_if_edited(self, reference: Sequence[Tensor] | None = None, look: bool = False) -> bool:
-        """Give the shards what somebody but the optimizer has made of the weights: a callback, the user's own code.
+    def find_edits(self) -> dict[int, Tensor]:
+        """What somebody but the optimizer has made of the weights: a callback, the user's own code.
 
-        Args:
-            reference: What the weights were; without it, what was fetched last.
-            look: Compare them even if torch has seen no edit: it overlooks those of ``parameter.data``.
+        Every weight is looked at: torch overlooks edits of ``parameter.data``.
 
         Returns:
-            Whether they were edited.
+            Of each edited parameter, by its number: its edited elements, flat, and NaN in place of all others.
 
         """
-        if reference is None and (self._stepped or self._pending or self._courier.is_under_way):
-            return False  # a local step is an edit, too
-        if not look and self._stamp() == self._seen:
-            return False
-        self._seen = self._stamp()
-        if reference is not None:
-            same = all(torch.equal(p.detach().cpu(), old) for p, old in zip(self.parameters, reference, strict=True))
-        else:
-            same = all(torch.equal(there, here.cpu()) for there, here in self._pairs(self._base_buffer))
-        if same:
-            return False
-        self.settle()
-        buffer = self._next_buffer()
-        for there, here in self._pairs(buffer):
-            there.copy_(here)
-        for mailbox in self._mailboxes:
-            mailbox.send_weights(buffer)
-        reply, _ = self.client.call({"op": "write", "buffer": buffer})
-        self._learn(reply)
-        self.base, self._base_buffer = int(reply["version"]), buffer
-        return True
-
-    def _stamp(self) -> int:
-        return sum(parameter._version for parameter in self.parameters)
-
-    def _pairs(self, buffer: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Where each piece of the weights lies in a buffer, and where in the parameters."""
+        edits: dict[int, Tensor] = {}
         for piece in self._fetch_pieces:
             parameter = self.parameters[piece.parameter]
-            yield self._fetched(piece, buffer), parameter.detach().reshape(-1)[piece.start : piece.stop]
+            here = parameter.detach().reshape(-1)[piece.start : piece.stop].cpu()
+            if self._expected is None:
+                before = self._fetched(piece, self._base_buffer)
+            else:
+                before = self._expected[piece.parameter][piece.start : piece.stop]
+            if torch.equal(before, here) or not _has_nan(parameter.dtype):
+                continue
+            if piece.parameter not in edits:
+                edits[piece.parameter] = torch.full((parameter.numel(),), torch.nan, dtype=parameter.dtype)
+            edits[piece.parameter][piece.start : piece.stop] = here.masked_fill(before == here, torch.nan)
+        # A weight that has become NaN equals nothing, and was not edited for that.
+        return {index: edited for index, edited in edits.items() if not bool(edited.isnan().all())}
+
+    @torch.no_grad()
+    def write(self, edits: Mapping[int, Tensor]) -> None:
+        """Put edited elements in place of the shards' own, and go on with them.
+
+        Args:
+            edits: As :meth:`find_edits` gave them.
+
+        Raises:
+            HostLostError: If shards have moved.
+
+        """
+        result = self.collect(wait=True)
+        if result is not None and not result.applied:
+            self.fetch()
+        self.settle()
+        self.land()
+        for index, edited in edits.items():
+            parameter = self.parameters[index]
+            mine = edited.view(parameter.shape).to(parameter.device)
+            parameter.data.copy_(torch.where(mine.isnan(), parameter.data, mine))
+        buffer = self._next_buffer()
+        parts = [part for mailbox in self._mailboxes for part in mailbox.edits(buffer)]
+        for piece in self._fetch_pieces:
+            there = piece.of(parts[piece.shard], self.parameters[piece.parameter].dtype)
+            if piece.parameter not in edits:
+                there.fill_(torch.nan if _has_nan(there.dtype) else 0)
+                continue
+            there.copy_(edits[piece.parameter][piece.start : piece.stop])
+            if self._num_buffers > 2 and self.remote(piece.shard) is None:  # a rule looks at what this computes with
+                base = self._fetched(piece, self._base_buffer)
+                base.copy_(torch.where(there.isnan(), base, there))
+        for mailbox in self._mailboxes:
+            mailbox.send_edits(buffer)
+        reply, _ = self.client.call({"op": "write", "buffer": buffer})
+        self._learn(reply)
+        self.remember()
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Take the weights as they are for unedited, though they are not what was fetched last, or it may be lost."""
+        if not self._kept:
+            self._kept = [torch.empty(p.numel(), dtype=p.dtype) for p in self.parameters]
+        for kept, parameter in zip(self._kept, self.parameters, strict=True):
+            kept.copy_(parameter.detach().reshape(-1))
+        self._expected = self._kept
+
+    @torch.no_grad()
+    def compute_with(self, weights: Sequence[Tensor], version: int) -> None:
+        """Compute with weights that were not fetched.
+
+        Args:
+            weights: Of each parameter.
+            version: Theirs.
+
+        """
+        for parameter, weight in zip(self.parameters, weights, strict=True):
+            parameter.data.copy_(weight)
+        self._expected = [weight.reshape(-1) for weight in weights]
+        self.base = version
 
     def _fetched(self, piece: Piece, buffer: int) -> Tensor:
         return piece.of(self._buffers[buffer][piece.shard], self.parameters[piece.parameter].dtype)
@@ -330,8 +373,7 @@ class Replica:
             parameter.data.copy_(flat.view(parameter.shape))
         self.base = version
         self._base_buffer = buffer
-        self._stepped = False
-        self._seen = self._stamp()
+        self._expected = None
 
     def _learn(self, reply: Mapping[str, Any]) -> None:
         self.version = max(self.version, int(reply.get("version", 0)))
@@ -491,10 +533,14 @@ class Replica:
             sums: What to add the gradients to in the same pass, if to any.
 
         """
-        self._stepped = True
         if sums is not None:
             sums.add_and_step(gradients, [parameter.data for parameter in self.parameters], rates)
-            return
-        for parameter, gradient, rate in zip(self.parameters, gradients, rates, strict=True):
-            if gradient is not None:
-                parameter.data.add_(gradient.to(parameter.dtype), alpha=-rate)
+        else:
+            for parameter, gradient, rate in zip(self.parameters, gradients, rates, strict=True):
+                if gradient is not None:
+                    parameter.data.add_(gradient.to(parameter.dtype), alpha=-rate)
+        self.remember()
+
+
+def _has_nan(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex

@@ -289,12 +289,18 @@ class Updater:
             end = batch.fetch_offset + batch.num_weight_bytes
             fetch[batch.fetch_offset : end].copy_(stepper.bytes[: batch.num_weight_bytes])
 
-    def take_in(self, fetch: Tensor) -> None:
-        """Take weights that a worker has written where it fetches them, in place of all here."""
+    def take_in(self, edits: Tensor) -> None:
+        """Take weights that a worker has edited, in place of those here.
+
+        Args:
+            edits: As bytes, where it would fetch weights; NaN where it has edited nothing.
+
+        """
         for stepper in self._steppers:
-            batch = stepper.batch
-            end = batch.fetch_offset + batch.num_weight_bytes
-            stepper.bytes[: batch.num_weight_bytes].copy_(fetch[batch.fetch_offset : end])
+            for unit, weights in zip(stepper.batch.units, stepper.weights, strict=True):
+                if weights.is_floating_point() or weights.is_complex():
+                    edited = unit.weights_in(edits)
+                    weights.copy_(torch.where(edited.isnan(), weights, edited))
 
     def _gradient(self, stepper: _Stepper, position: int, code: Tensor, base: Tensor | None) -> Tensor:
         unit = stepper.batch.units[position]

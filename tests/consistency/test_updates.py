@@ -197,6 +197,19 @@ def test_statistics_of_staleness() -> None:
     assert statistics.values().tolist() == [0, 1, 3, 3]
 
 
+def test_edits_replace_what_was_edited() -> None:
+    with sliced(lambda p: [torch.optim.SGD(p, lr=0.5)], num_shards=2) as slices:
+        before = slices.weights()
+        for updater, slice_ in zip(slices.updaters(), slices.plan.slices, strict=True):
+            edits = torch.full((slice_.num_fetch_bytes // 8,), torch.nan, dtype=torch.float64)
+            edits[::3] = 7.0
+            updater.take_in(edits.view(torch.uint8))
+        now = torch.cat([weight.flatten() for weight in slices.weights()])
+        then = torch.cat([weight.flatten() for weight in before])
+        assert torch.equal(now[now != 7.0], then[now != 7.0])
+        assert len(now) / 4 < (now == 7.0).sum() < len(now) / 2
+
+
 # ---------------------------------------------------------------------- killed
 
 
