@@ -68,6 +68,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         self._unstep: list[Callable[[], None]] = []
         self._events: list[list[Any]] = []
         self._warned: set[str] = set()
+        self._own_state: dict[str, Any] = {}  # after fit, at its end
 
     def _run_options(self, trainer: Trainer) -> dict[str, Any]:
         return {
@@ -149,6 +150,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         """Refuse what would change the set of parameters, while nothing has begun."""
         super().setup(trainer)
         if self._fitting:
+            self._own_state = {}
             for callback in callbacks_of(trainer):
                 if isinstance(callback, BaseFinetuning):
                     raise MisconfigurationException(
@@ -365,10 +367,14 @@ class UpdatingStrategy(AsynchronousStrategy):
             super().save_checkpoint(self._with_own_state(checkpoint), filepath, storage_options)
 
     def _with_own_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        if self._in_loop and self._snapshot is not None:
-            queue = self._snapshot.report["queue"]
-            checkpoint[OWN_STATE] = {"version": self._snapshot.version, "queue": queue}
-        return checkpoint
+        own = self._own_state
+        if self._in_loop:
+            own = {} if self._snapshot is None else self._state_at(self._snapshot)
+        return {**checkpoint, OWN_STATE: own} if own else checkpoint
+
+    def _state_at(self, shot: snapshots.Snapshot) -> dict[str, Any]:
+        """What a checkpoint needs besides stock Lightning's, to resume from one version."""
+        return {"version": shot.version, "queue": shot.report["queue"]}
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file of any strategy."""
@@ -392,6 +398,8 @@ class UpdatingStrategy(AsynchronousStrategy):
             if successor is not None:
                 self._end_without_leader(trainer, successor)
             self._keep_the_end()
+            if self._snapshot is not None:
+                self._own_state = self._state_at(self._snapshot)
             self._buffers.keep()
             self._count(self._version + 1)
             self._give_steps_back()

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ._arguments import check_flag, check_whole
 from ._asynchronous import parameters_of
-from ._updating import OWN_STATE, UpdatingStrategy
+from ._updating import UpdatingStrategy
 from .consistency import snapshot as snapshots
 from .consistency.client import RevokedError
 from .consistency.hosting import get_host
@@ -431,11 +431,9 @@ class DownpourStrategy(UpdatingStrategy):
     def _leave_snapshot(self) -> None:
         self.replica.fetch()
 
-    def _with_own_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        checkpoint = super()._with_own_state(checkpoint)
-        if self._in_loop and self._snapshot is not None and self._snapshot.owed:
-            checkpoint[OWN_STATE]["owed"] = list(self._snapshot.owed)
-        return checkpoint
+    def _state_at(self, shot: snapshots.Snapshot) -> dict[str, Any]:
+        state = super()._state_at(shot)
+        return state | {"owed": list(shot.owed)} if shot.owed else state
 
     # ------------------------------------------------------------------ out of the loop
 

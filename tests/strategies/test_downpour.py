@@ -255,6 +255,27 @@ def test_a_resumed_run_is_the_run(tmp_path: Path, codec: str, num_shards: tuple[
     assert counts == [48, 48 - 31]
 
 
+def _resumed_after_the_end(path: str, codec: str) -> tuple[Tensor, Tensor, list[Any]]:
+    """As above, but the first run has one epoch, and is saved after its end."""
+    straight, first, resumed = Quadratic("Adam"), Quadratic("Adam"), Quadratic("Adam")
+    loader = rows()
+    fit(straight, squall.DownpourStrategy(codec=codec), loader, max_epochs=2)
+    ended = fit(first, squall.DownpourStrategy(codec=codec), loader)
+    ended.save_checkpoint(Path(path) / "end.ckpt")
+    strategy = squall.DownpourStrategy(codec=codec)
+    made = trainer(strategy, max_epochs=2)
+    made.fit(resumed, loader, ckpt_path=Path(path) / "end.ckpt", weights_only=True)
+    return straight.up.detach(), resumed.up.detach(), [made.global_step, strategy.report["num_samples"]]
+
+
+@pytest.mark.parametrize("codec", ["fp32", "1bit", "topk:0.2"])
+def test_a_run_that_is_saved_after_its_end_can_be_resumed(tmp_path: Path, codec: str) -> None:
+    """With what its codes have lost."""
+    ((straight, resumed, counts),) = run(1, _resumed_after_the_end, str(tmp_path), codec, lightning=True)
+    torch.testing.assert_close(straight, resumed, rtol=1e-6, atol=0)
+    assert counts == [48, 24]
+
+
 class _Edits(Callback):
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.current_epoch == 1:
