@@ -28,6 +28,7 @@ from .consistency.jobs import give_port_back
 from .consistency.optimizers import adopt, hyperparameters
 from .consistency.order import Order
 from .consistency.queue import Ticket
+from .launching import HydraAwareLauncher
 
 
 class AsynchronousStrategy(LiveRanks):
@@ -337,7 +338,9 @@ class AsynchronousStrategy(LiveRanks):
     # ------------------------------------------------------------------ the end
 
     def on_exception(self, exception: BaseException) -> None:
-        """Nobody waits for this worker any more."""
+        """Nobody waits for this worker any more; the leader's end is the run's, which another rank writes down."""
+        if self.is_leader and self._in_loop and isinstance(self._launcher, HydraAwareLauncher):
+            self._launcher.let_others_end()
         self._hang_up()
         super().on_exception(exception)
 

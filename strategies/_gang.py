@@ -83,6 +83,7 @@ class Gang:
         self._released = threading.Event()
         self._busy = False
         self.interrupted = False
+        self.is_waited_for = False  # even if the launching process fails
         self.procs: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:

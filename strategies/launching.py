@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -91,7 +92,8 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
         num_processes: Ranks on this host.
         num_nodes: Hosts.
         ends_together: Whether a rank that is lost ends the others. Without, the run goes on, the end says which rank
-            was lost, and ranks outlive a launching process that is killed, to end by themselves.
+            was lost, and ranks outlive a launching process that is killed, to end by themselves; one that fails can
+            wait for them, see :meth:`let_others_end`.
 
     Raises:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: On launch, if an earlier Trainer of the
@@ -179,6 +181,24 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
         if job is not None:
             job.at_end(lambda failed: finish(failed=failed))
 
+    def let_others_end(self) -> None:
+        """Wait for the other ranks at the end, though this one has failed: they write down what was learned."""
+        if _run is not None:
+            _run.gang.is_waited_for = True
+
+    def kill(self, signum: signal.Signals) -> None:
+        """Hand a signal on to the other ranks.
+
+        One that asks this process to end is not handed on where they end by themselves: they notice that it is gone.
+        (What ranks do in a process group, they end together all the same.)
+
+        Args:
+            signum: Which.
+
+        """
+        if self._ends_together or signum != signal.SIGTERM or distributed.is_initialized():
+            super().kill(signum)
+
     @staticmethod
     def _call_as_member(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         atexit.unregister(_destroy_process_group)
@@ -216,7 +236,8 @@ def finish(failed: bool = False, timeout: float = 30.0) -> None:
     Called by itself at the end of a Hydra job and at the end of the program; calling it without a launch does nothing.
 
     Args:
-        failed: Whether this rank failed, in which case nobody is waited for.
+        failed: Whether this rank failed, in which case nobody is waited for, unless the others were left something to
+            do (:meth:`HydraAwareLauncher.let_others_end`).
         timeout: Seconds that the other ranks get to come to their own end. Whoever takes longer is ended.
 
     Raises:
@@ -234,10 +255,8 @@ def finish(failed: bool = False, timeout: float = 30.0) -> None:
     try:
         if nccl:
             distributed.destroy_process_group()
-        if not failed and not run.gang.wait(timeout):
-            sys.stderr.write(
-                f"Some ranks were still at work {timeout:g} s after rank 0 had finished, and were ended.\n"
-            )
+        if (run.gang.is_waited_for or not failed) and not run.gang.wait(timeout):
+            sys.stderr.write(f"Some ranks were still at work {timeout:g} s after rank 0 had ended, and were ended.\n")
             failed = True
         message = None if failed else run.gang.first_failure()
     finally:

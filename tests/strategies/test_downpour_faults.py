@@ -246,6 +246,32 @@ def test_rank_0_is_lost(job: Start, launched: bool, step: int) -> None:
             assert result["report"]["num_samples"] == 128 - 4 * updates
 
 
+@pytest.mark.parametrize(
+    ("end", "launched", "code"),
+    [
+        ("raise ValueError('boom')", True, 1),
+        ("raise ValueError('boom')", False, 1),
+        ("sys.exit(3)", True, 3),
+        ("os.kill(os.getpid(), signal.SIGTERM)", True, 0),  # Lightning's own exception, and its exit code
+    ],
+)
+def test_rank_0_fails(job: Start, end: str, launched: bool, code: int) -> None:
+    program = f"""
+def hook(trainer, step):
+    if trainer.is_global_zero and step == 5:
+        {end}
+"""
+    started = job(2, f"{program}\nmain(devices=2, epochs=20)")
+    codes = started.launch().wait() if launched else started.start().wait()
+    assert codes == ([code] if launched else [code, 1])
+    assert not list(started.folder.glob("result-*"))
+    (path,) = started.folder.glob("rank0-lost-step=*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["state_dict"]["updates"].eq(checkpoint["global_step"]).all()
+    assert checkpoint["global_step"] >= 5
+    assert (started.folder / "exception-1").read_text() == "LeaderLostError"
+
+
 # ------------------------------------------------------------------ interleavings as scripts
 
 
