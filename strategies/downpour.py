@@ -270,7 +270,7 @@ class DownpourStrategy(UpdatingStrategy):
             self._collect(wait=False)
 
     def _write_edits(self) -> bool:
-        edits = self.replica.find_edits()
+        edits = self.replica.find_edits(look=self._begins_epoch or self._snapshot is not None)
         if not edits:
             return False
         if self._begins_epoch and not self.is_leader:

@@ -102,26 +102,33 @@ class Sums:
 
     @torch.no_grad()
     def add_and_step(
-        self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor], rates: Sequence[float]
+        self,
+        gradients: Sequence[Tensor | None],
+        weights: Sequence[Tensor],
+        rates: Sequence[float],
+        copies: Sequence[Tensor],
     ) -> None:
-        """Add gradients, and step weights by them, in one pass over memory where that is possible.
+        """Add gradients, step weights by them, and copy these, in one pass over memory where that is possible.
 
         Args:
             gradients: None where there is none.
             weights: Changed in place.
             rates: Each one's learning rate.
+            copies: Flat; become what the weights have become.
 
         """
-        for index, (gradient, weight, rate) in enumerate(zip(gradients, weights, rates, strict=True)):
+        for index, (gradient, weight, rate, copy) in enumerate(zip(gradients, weights, rates, copies, strict=True)):
             if gradient is None:
+                copy.copy_(weight.reshape(-1))
                 continue
             sum_ = self._memory[index]
             alike = sum_ is not None and sum_.layout == gradient.layout and sum_.dtype == gradient.dtype == weight.dtype
             if sum_ is None or not alike:
                 self._add(index, gradient)
                 weight.add_(gradient.to(weight.dtype), alpha=-rate)
+                copy.copy_(weight.reshape(-1))
             else:
-                add_and_step(sum_, gradient, weight, rate, begins=not self._begun[index])
+                add_and_step(sum_, gradient, weight, rate, begins=not self._begun[index], copy=copy)
                 self._begun[index] = True
 
     def _add(self, index: int, gradient: Tensor) -> None:

@@ -21,6 +21,7 @@ from .optimizers import Hyperparameters
 from .packing import RESIDUALS, Encoder, Piece, Sums, find_pieces, flat, num_residuals, sum_residuals
 from .plan import Plan
 from .queue import Ticket
+from .watching import EditWatch
 from .wire import Header
 
 _MOVE_SECONDS = 0.2  # between two looks for where a lost host's shards have gone
@@ -91,6 +92,7 @@ class Replica:
         self._num_joins = 0
         self._courier = Courier()
         self._carried_before = (0, 0)
+        self._watch = EditWatch(parameters)
         self._kept: list[Tensor] = []
         self._expected: list[Tensor] | None = None  # what unedited weights are, if not what was fetched last
         self._pending: deque[tuple[int, int, int]] = deque()  # sequence, buffer and version of fetches under way
@@ -109,6 +111,7 @@ class Replica:
         while True:
             try:
                 self._join()
+                self._watch.begin()
                 return
             except HostLostError as error:
                 if time.monotonic() > deadline:
@@ -158,7 +161,8 @@ class Replica:
         return sent, received
 
     def close(self) -> None:
-        """Let go of the mailboxes."""
+        """Let go of the mailboxes, and of the parameters."""
+        self._watch.end()
         self._carried_before = self.num_bytes_carried
         for mailbox in self._mailboxes:
             mailbox.close()
@@ -262,16 +266,19 @@ class Replica:
     # ------------------------------------------------------------------ weights that were edited
 
     @torch.no_grad()
-    def find_edits(self) -> dict[int, Tensor]:
+    def find_edits(self, look: bool = False) -> dict[int, Tensor]:
         """What somebody but the optimizer has made of the weights: a callback, the user's own code.
 
-        Every weight is looked at: torch overlooks edits of ``parameter.data``.
+        Args:
+            look: Compare all weights, even if nobody seems to have edited any.
 
         Returns:
             Of each edited parameter, by its number: its edited elements, flat, and NaN in place of all others.
 
         """
         edits: dict[int, Tensor] = {}
+        if not look and not self._watch.may_be_edited():
+            return edits
         for piece in self._fetch_pieces:
             parameter = self.parameters[piece.parameter]
             here = parameter.detach().reshape(-1)[piece.start : piece.stop].cpu()
@@ -285,6 +292,7 @@ class Replica:
                 edits[piece.parameter] = torch.full((parameter.numel(),), torch.nan, dtype=parameter.dtype)
             edits[piece.parameter][piece.start : piece.stop] = here.masked_fill(before == here, torch.nan)
         # A weight that has become NaN equals nothing, and was not edited for that.
+        self._watch.reset()
         return {index: edited for index, edited in edits.items() if not bool(edited.isnan().all())}
 
     @torch.no_grad()
@@ -327,11 +335,19 @@ class Replica:
     @torch.no_grad()
     def remember(self) -> None:
         """Take the weights as they are for unedited, though they are not what was fetched last, or it may be lost."""
+        for kept, parameter in zip(self._to_keep(), self.parameters, strict=True):
+            kept.copy_(parameter.detach().reshape(-1))
+        self._take_for_unedited(self._kept)
+
+    def _to_keep(self) -> list[Tensor]:
         if not self._kept:
             self._kept = [torch.empty(p.numel(), dtype=p.dtype) for p in self.parameters]
-        for kept, parameter in zip(self._kept, self.parameters, strict=True):
-            kept.copy_(parameter.detach().reshape(-1))
-        self._expected = self._kept
+        return self._kept
+
+    def _take_for_unedited(self, weights: list[Tensor] | None) -> None:
+        """The parameters hold these, or what was fetched last."""
+        self._expected = weights
+        self._watch.reset()
 
     @torch.no_grad()
     def compute_with(self, weights: Sequence[Tensor], version: int) -> None:
@@ -344,7 +360,7 @@ class Replica:
         """
         for parameter, weight in zip(self.parameters, weights, strict=True):
             parameter.data.copy_(weight)
-        self._expected = [weight.reshape(-1) for weight in weights]
+        self._take_for_unedited([weight.reshape(-1) for weight in weights])
         self.base = version
 
     def _fetched(self, piece: Piece, buffer: int) -> Tensor:
@@ -373,7 +389,7 @@ class Replica:
             parameter.data.copy_(flat.view(parameter.shape))
         self.base = version
         self._base_buffer = buffer
-        self._expected = None
+        self._take_for_unedited(None)
 
     def _learn(self, reply: Mapping[str, Any]) -> None:
         self.version = max(self.version, int(reply.get("version", 0)))
@@ -534,11 +550,12 @@ class Replica:
 
         """
         if sums is not None:
-            sums.add_and_step(gradients, [parameter.data for parameter in self.parameters], rates)
-        else:
-            for parameter, gradient, rate in zip(self.parameters, gradients, rates, strict=True):
-                if gradient is not None:
-                    parameter.data.add_(gradient.to(parameter.dtype), alpha=-rate)
+            sums.add_and_step(gradients, [parameter.data for parameter in self.parameters], rates, self._to_keep())
+            self._take_for_unedited(self._kept)
+            return
+        for parameter, gradient, rate in zip(self.parameters, gradients, rates, strict=True):
+            if gradient is not None:
+                parameter.data.add_(gradient.to(parameter.dtype), alpha=-rate)
         self.remember()
 
 

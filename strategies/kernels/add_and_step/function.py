@@ -14,11 +14,13 @@ from torch import Tensor
 from squall.kernels import native
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_kernel = native.function("squall_add_and_step", *[_POINTER] * 3, _LONG, ctypes.c_double, *[_INT] * 2)
+_kernel = native.function("squall_add_and_step", *[_POINTER] * 4, _LONG, ctypes.c_double, *[_INT] * 2)
 
 
 @torch.no_grad()
-def add_and_step(sums: Tensor, gradient: Tensor, weights: Tensor, rate: float, begins: bool = False) -> None:
+def add_and_step(
+    sums: Tensor, gradient: Tensor, weights: Tensor, rate: float, begins: bool = False, copy: Tensor | None = None
+) -> None:
     """Do ``sums += gradient`` and ``weights -= rate * gradient``, in place and, where it is compiled, in one pass.
 
     Args:
@@ -28,6 +30,7 @@ def add_and_step(sums: Tensor, gradient: Tensor, weights: Tensor, rate: float, b
         weights: Likewise.
         rate: The learning rate.
         begins: The sum has no value yet, and becomes the gradient.
+        copy: As many numbers, flat, contiguous and of the same dtype: become what the weights have become.
 
     Raises:
         ValueError: Shapes, dtypes or devices don't agree.
@@ -45,16 +48,35 @@ def add_and_step(sums: Tensor, gradient: Tensor, weights: Tensor, rate: float, b
                 f"{name} must be as gradient is, {tuple(gradient.shape)} {gradient.dtype} on {gradient.device}; got "
                 f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
+    if copy is not None and (
+        (copy.shape, copy.dtype) != ((gradient.numel(),), gradient.dtype) or not copy.is_contiguous()
+    ):
+        raise ValueError(
+            f"copy must be {gradient.numel()} contiguous {gradient.dtype}, flat; got {tuple(copy.shape)} {copy.dtype}"
+        )
     tensors = (sums, gradient, weights)
     if native.serves(*tensors, dtypes=native.SINGLE) and _are_alike(tensors):
+        # Memory of another order than the shape's is copied in the shape's, as ``reshape`` does.
+        copied = copy if copy is not None and weights.is_contiguous() else None
         pointers = [tensor.data_ptr() for tensor in tensors]
-        _kernel(*pointers, gradient.numel(), rate, begins, torch.get_num_threads())
-        return
-    if begins:
-        sums.copy_(gradient)
+        _kernel(
+            *pointers,
+            None if copied is None else copied.data_ptr(),
+            gradient.numel(),
+            rate,
+            begins,
+            torch.get_num_threads(),
+        )
+        if copied is copy:
+            return
     else:
-        sums.add_(gradient)
-    weights.add_(gradient, alpha=-rate)
+        if begins:
+            sums.copy_(gradient)
+        else:
+            sums.add_(gradient)
+        weights.add_(gradient, alpha=-rate)
+    if copy is not None:
+        copy.copy_(weights.reshape(-1))
 
 
 def _are_alike(tensors: tuple[Tensor, ...]) -> bool:

@@ -23,5 +23,7 @@ ISA_TARGET static void FN(add_and_step)(void *context, int64_t index, int thread
             sums[i] += gradient[i];
             weights[i] = MULTIPLY_ADD(gradient[i], down, weights[i]);
         }
+    if (a->copy) /* what was just written is still in the nearest cache */
+        memcpy(a->copy + begin, weights, num * sizeof *weights);
 }
 #undef MULTIPLY_ADD
