@@ -82,14 +82,19 @@ ISA_TARGET static void FN(adam)(const struct update *u, const float *g, int64_t 
     const float shrink = u->shrink, eps = u->eps, root = u->root;
     if (shrink != 1)
         EACH w[i] *= shrink;
-    EACH {
-        m[i] = MULTIPLY_ADD(fresh, g[i] - m[i], m[i]);
-        v[i] = MULTIPLY_ADD(new_second * g[i], g[i], v[i] * second);
-    }
     if (largest)
-        EACH largest[i] = largest[i] >= v[i] ? largest[i] : v[i];
-    const float *squares = largest ? largest : v;
-    EACH w[i] -= rate * m[i] / (sqrtf(squares[i]) / root + eps);
+        EACH {
+            m[i] = MULTIPLY_ADD(fresh, g[i] - m[i], m[i]);
+            v[i] = MULTIPLY_ADD(new_second * g[i], g[i], v[i] * second);
+            largest[i] = largest[i] >= v[i] ? largest[i] : v[i];
+            w[i] -= rate * m[i] / (sqrtf(largest[i]) / root + eps);
+        }
+    else
+        EACH {
+            m[i] = MULTIPLY_ADD(fresh, g[i] - m[i], m[i]);
+            v[i] = MULTIPLY_ADD(new_second * g[i], g[i], v[i] * second);
+            w[i] -= rate * m[i] / (sqrtf(v[i]) / root + eps);
+        }
 }
 
 ISA_TARGET static void FN(update)(void *context, int64_t index, int thread)
