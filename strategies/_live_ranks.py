@@ -54,6 +54,7 @@ class LiveRanks(DDPStrategy):
         self._lease_timeout = lease_timeout
         self._client: Client | None = None
         self._run_name = ""
+        self._schedule = b""  # events of an earlier run to repeat, packed
         self._has_shards = False  # whether this rank looks after its host's
         self._fitting = False
         self._nobody_waits = False  # inside the loop, and in what callbacks do right after it
@@ -114,7 +115,8 @@ class LiveRanks(DDPStrategy):
         if self.is_leader:
             address = open_job(job)
             options = self._run_options(trainer)
-            run = get_host().request({"op": "run", "options": options, "num_nodes": self.num_nodes})
+            header = {"op": "run", "options": options, "num_nodes": self.num_nodes}
+            run = get_host().request(header, self._schedule)
             number, self._run_name = int(run["run"]), str(run["name"])
             _runs[address.opening] = number
             self._has_shards = True

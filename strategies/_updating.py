@@ -24,6 +24,7 @@ from ._asynchronous import AsynchronousStrategy, callbacks_of
 from .consistency import snapshot as snapshots
 from .consistency.buffers import BufferAverage
 from .consistency.client import RevokedError
+from .consistency.events import to_pairs, unpack
 from .consistency.hosting import rest
 from .consistency.mailbox import HostLostError
 from .consistency.optimizers import Hyperparameters, adopt, hyperparameters
@@ -66,9 +67,9 @@ class UpdatingStrategy(AsynchronousStrategy):
         self._all_have_ended = False
         self._last_report: dict[str, Any] = {}
         self._unstep: list[Callable[[], None]] = []
-        self._events: list[list[Any]] = []
         self._warned: set[str] = set()
         self._own_state: dict[str, Any] = {}  # after fit, at its end
+        self._events = b""
 
     def _run_options(self, trainer: Trainer) -> dict[str, Any]:
         return {
@@ -94,8 +95,11 @@ class UpdatingStrategy(AsynchronousStrategy):
 
     @property
     def events(self) -> list[list[Any]]:
-        """The interleaving of the last run, on the leader: every lease, fetch and update in their order."""
-        return self._events
+        """The interleaving of the last run, on the leader: every lease, fetch and update in their order.
+
+        It is made into a list each time it is asked for: keep the list.
+        """
+        return to_pairs(unpack(self._events))
 
     # ------------------------------------------------------------------ what a subclass says
 
@@ -420,7 +424,7 @@ class UpdatingStrategy(AsynchronousStrategy):
 
     def _tell_the_end(self) -> None:
         """The last step's metrics were on their way while the last updates were made."""
-        self._events = self.client.call({"op": "events"})[0]["events"]
+        self._events = bytes(self.client.call({"op": "events"})[1])
         self._log_histogram()
         metrics = self._metrics()
         trainer = self._trainer

@@ -22,6 +22,7 @@ from ._asynchronous import parameters_of
 from ._updating import UpdatingStrategy
 from .consistency import snapshot as snapshots
 from .consistency.client import RevokedError
+from .consistency.events import from_pairs, num_ranks, pack
 from .consistency.hosting import get_host
 from .consistency.mailbox import HostLostError
 from .consistency.memory import Segment
@@ -72,7 +73,10 @@ class DownpourStrategy(UpdatingStrategy):
         lease_timeout: Seconds without a sign of life after which a worker counts as lost. Workers give such signs
             while they compute.
         join_timeout: Seconds that the first workers wait for the others, before they begin without them.
-        schedule: What :meth:`events` of an earlier run said, to repeat that run's interleaving.
+        schedule: What :meth:`events` of an earlier run said, to repeat that run's interleaving, validations and what
+            they lead to included. The rest must be as it was: data, seeds, arguments, number of ranks, and faults,
+            except that of a lost host. A run that turns out to be another one ends with an error after
+            ``join_timeout``. Metrics that say how the run is going (``staleness/mean`` and the like) may differ.
         accelerator: Passed on to Lightning, like all that follow.
         parallel_devices: The devices of this host.
         cluster_environment: Who starts the processes.
@@ -154,7 +158,15 @@ class DownpourStrategy(UpdatingStrategy):
         self.rule = StalenessRule(staleness_rule)
         self.codec = codec
         self.overlap = overlap
-        self._schedule = schedule
+        self._num_scheduled = 0  # ranks that the schedule speaks of
+        if schedule is not None:
+            try:
+                events = from_pairs(schedule)
+            except ValueError as error:
+                raise MisconfigurationException(
+                    f"schedule: {error}. Give it what strategy.events of an earlier run said, or None."
+                ) from None
+            self._schedule, self._num_scheduled = pack(events), num_ranks(events)
         self._replica: Replica | None = None
         self._plan: Plan | None = None
         self._accrued = Sums(0)
@@ -165,7 +177,6 @@ class DownpourStrategy(UpdatingStrategy):
         return {
             **super()._run_options(trainer),
             "max_staleness": self.max_staleness,
-            "schedule": self._schedule,
         }
 
     @property
@@ -175,6 +186,16 @@ class DownpourStrategy(UpdatingStrategy):
         return self._replica
 
     # ------------------------------------------------------------------ into the loop
+
+    def setup_environment(self) -> None:
+        """Come to the run, if it has the ranks that it is to repeat."""
+        num_here = self.num_nodes * self.num_processes
+        if self._num_scheduled > num_here:
+            raise MisconfigurationException(
+                f"schedule: it has events of rank {self._num_scheduled - 1}, but the ranks of this run are 0 to"
+                f" {num_here - 1}. Give the Trainer {self._num_scheduled} devices in all, or schedule=None."
+            )
+        super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
         """Look at the optimizers while nothing has begun."""

@@ -10,7 +10,8 @@ This class is a state machine without sockets, clocks or threads: requests go in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ class RunOptions:
         max_steps: Updates after which the run ends; -1 for no limit.
         lease_timeout: Seconds without a sign of life after which a worker counts as lost.
         join_timeout: Seconds that the first workers wait for the others, before they begin without them.
-        schedule: Events of an earlier run to repeat in their order, as ``[kind, rank]``.
+        schedule: Events of an earlier run to repeat in their order.
 
     """
 
@@ -48,7 +49,7 @@ class RunOptions:
     max_steps: int = -1
     lease_timeout: float = 30.0
     join_timeout: float = 120.0
-    schedule: Sequence[Sequence[Any]] | None = None
+    schedule: array[int] | None = None
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Coordinator:
         self._parked: list[_Parked] = []
         self._meetings = Meetings(self._answer)
         self._board = Board()
-        self._replay = Replay(lambda: self.options.schedule, lambda worker: self.queue.revoke(worker.key))
+        self._replay = Replay(options.schedule, lambda worker: self.queue.revoke(worker.key))
         self._gathered: dict[str, set[int]] = {}
         self._claimed: Worker | None = None
         self._hyper: Any = None
@@ -121,6 +122,10 @@ class Coordinator:
         if self._first_hello is not None and now - self._first_hello > self.options.join_timeout:
             self._waits_for_all = False
         self._progress(now)
+        waiting = {parked.worker.rank: str(parked.header["op"]) for parked in self._parked if parked.worker.in_loop}
+        reason = self._replay.hangs(now, self.options.join_timeout, waiting, self.workers)
+        if reason:
+            self.fail(reason)
 
     def excuse(self, seconds: float) -> None:
         """Nobody could be heard for so long, through no fault of theirs."""
@@ -270,6 +275,8 @@ class Coordinator:
 
     def _on_share(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """Leave a value on the board, and take everybody's latest: nobody waits."""
+        if not self._comes_to("share", worker):
+            return False
         alive = {other.rank for other in self.live}
         return self._answer(worker, header, *self._board.share(worker, header, payload, alive))
 
@@ -367,6 +374,14 @@ class Coordinator:
         """Whether a replayed schedule has come to this event."""
         return self.leader_lost or self._replay.is_turn(kind, worker, self.workers)
 
+    def _comes_to(self, kind: str, worker: Worker) -> bool:
+        """Whether a schedule has come to something that is an event inside the loop alone; it is noted, if so."""
+        if worker.in_loop and not worker.finished:
+            if not self._turn(kind, worker):
+                return False
+            self._replay.happened(kind, worker)
+        return True
+
     def _slowest_clock(self, but: Worker) -> int:
         """Of those who train; 0 if nobody else does."""
         clocks = (w.clock for w in self.live if w is not but and w.in_loop and not w.finished and not w.idle)
@@ -410,8 +425,7 @@ class Coordinator:
         tickets: list[Ticket] = [(int(epoch), int(position)) for epoch, position in header["tickets"]]
         if int(header["base"]) > self.version or not worker.joined:
             raise ValueError(f"a push from version {header['base']}, ahead of version {self.version}, or before join")
-        if not self._turn("commit", worker):
-            return False
+        # What is refused is no event, and waits for no turn.
         if worker.displaced:
             return self._answer(worker, header, {"moved": True})
         if not self.queue.holds(worker.key, tickets):
@@ -422,6 +436,8 @@ class Coordinator:
             self._stop("max_steps")
             self.queue.give_back(worker.key, tickets)
             return self._answer(worker, header, {"finished": self.stopped, "version": self.version})
+        if not self._turn("commit", worker):
+            return False
         staleness = self.version - int(header["base"])
         self._replay.happened("commit", worker)
         self.version += 1
@@ -487,6 +503,8 @@ class Coordinator:
             raise ValueError("a write before join")
         if worker.displaced:
             return self._answer(worker, header, {"moved": True})
+        if not self._comes_to("write", worker):
+            return False
         command = {"op": "write", "mailbox": worker.mailbox, "fetch": header["buffer"]}
         self.commands.issue(command, worker, {"re": header["id"], "version": self.version})
         return True
@@ -500,6 +518,8 @@ class Coordinator:
 
     def _on_return(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """Batches that will not be trained on, for others to have."""
+        if not self._comes_to("return", worker):
+            return False
         self.num_lost += bool(header.get("lost"))
         self.queue.give_back(worker.key, [(int(epoch), int(position)) for epoch, position in header["tickets"]])
         return self._answer(worker, header, {})
@@ -513,6 +533,8 @@ class Coordinator:
 
     def _on_leave(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """The end of a worker's loop: it waits for the others, so that all end with the same weights."""
+        if not self._comes_to("leave", worker):
+            return False
         worker.finished = True
         self.queue.revoke(worker.key)
         if worker.rank == LEADER and header.get("stop", True):
@@ -535,7 +557,7 @@ class Coordinator:
 
         Which samples are left is said if it is asked for: that is megabytes, and only a checkpoint needs it.
         """
-        if self.commands.reader is not None:
+        if self.commands.reader is not None or not self._comes_to("snapshot", worker):
             return False
         # The queue's state belongs to the same moment as the weights.
         said, orders = pack_orders(self.queue.state() if header.get("queue") else {})
@@ -553,6 +575,8 @@ class Coordinator:
 
     def _on_buffers(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """The latest buffers (running statistics) of every worker that has any."""
+        if not self._comes_to("buffers", worker):
+            return False
         shown = [other.buffers for other in self.live if other.buffers]
         return self._answer(worker, header, {"sizes": [len(data) for data in shown]}, b"".join(shown))
 
@@ -575,4 +599,4 @@ class Coordinator:
         }
 
     def _on_events(self, worker: Worker, header: Header, payload: bytes) -> bool:
-        return self._answer(worker, header, {"events": self._replay.events})
+        return self._answer(worker, header, {}, self._replay.log.packed())

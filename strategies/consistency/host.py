@@ -23,6 +23,7 @@ from typing import Any
 import torch  # noqa: F401  (shards are forked with it)
 
 from .coordinator import RunOptions
+from .events import unpack
 from .outpost import Outpost, check_carry
 from .requests import check_request
 from .run import Run
@@ -299,11 +300,12 @@ class Host:
         return {}
 
     def _do_run(self, header: Header, payload: bytes) -> Header:
-        """Begin a run: its workers may come."""
+        """Begin a run: its workers may come. A schedule comes as the payload."""
         if self._run is not None:
             self._run.end()
         self._num_runs += 1
-        self._run = Run(self, self._num_runs, RunOptions(**header["options"]), header.get("num_nodes", 1))
+        options = RunOptions(**header["options"], schedule=unpack(payload) if payload else None)
+        self._run = Run(self, self._num_runs, options, header.get("num_nodes", 1))
         waiting, self._waiting = self._waiting, []
         for peer, said, data in waiting:
             self.visitor_said(peer, said, data, time.monotonic())
@@ -350,13 +352,6 @@ class Host:
         """The memory that is kept for other hosts' shards holds another version now."""
         assert self._run is not None
         self._run.kept(header["version"])
-        return {}
-
-    def _do_options(self, header: Header, payload: bytes) -> Header:
-        """Change options before the workers begin."""
-        assert self._run is not None
-        for name, value in header["options"].items():
-            setattr(self._run.coordinator.options, name, value)
         return {}
 
     def _do_rest(self, header: Header, payload: bytes) -> Header:

@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .events import MAX_RANK
+
 Check = Callable[[Any], bool]
 
 
 def _number(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
+
+
+def _rank(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_RANK
 
 
 def _numbers(value: Any) -> bool:
@@ -43,7 +49,7 @@ def _or_none(check: Check) -> Check:
 
 # Of each operation: what it must have, and what it may have. Other fields are anything that JSON can say.
 _FORMS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
-    "hello": ({"rank": _number, "run": _number}, {}),
+    "hello": ({"rank": _rank, "run": _number}, {}),
     "alive": ({}, {}),
     "meet": ({"key": _text, "kind": _text}, {}),
     "share": ({"key": _text}, {}),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from squall.consistency.coordinator import Coordinator, RunOptions
+from squall.consistency.events import to_pairs, unpack
 from squall.consistency.order import Order
 
 
@@ -115,3 +116,9 @@ class ScriptedRun:
     @property
     def report(self) -> dict[str, Any]:
         return self.coordinator.report()
+
+    @property
+    def events(self) -> list[list[Any]]:
+        asked = self.ask(0, "events")
+        assert not asked.waits
+        return to_pairs(unpack(asked.payload))

@@ -1,4 +1,4 @@
-"""Who waits for whom: bounded staleness, the warm start, the leader at the end of an epoch, a schedule. Scripted."""
+"""Who waits for whom: bounded staleness, the warm start, the leader at the end of an epoch. Scripted."""
 
 from __future__ import annotations
 
@@ -377,70 +377,7 @@ def test_the_board_shows_the_latest_of_the_living_and_makes_nobody_wait() -> Non
     assert (shown["sizes"], shown.payload) == ([1, 1], b"!!")
 
 
-# ---------------------------------------------------------------------- replay
-
-
-class Looper:
-    """A worker that leases, commits and fetches until its data ends."""
-
-    def __init__(self, run: ScriptedRun, rank: int) -> None:
-        self.run, self.rank = run, rank
-        self.base = 0
-        self.asked: Asked | None = None
-        self.kind = ""
-        self.over = False
-
-    def go_on(self) -> None:
-        if self.over or (self.asked is not None and self.asked.waits):
-            return
-        if self.kind == "":
-            self.kind, self.asked = "fetch", self.run.fetch(self.rank)
-        elif self.kind == "lease":
-            assert self.asked is not None
-            if "end" in self.asked:
-                self.over = True
-                return
-            self.kind, self.asked = "commit", self.run.commit(self.rank, self.base, self.asked["ticket"])
-        else:
-            assert self.asked is not None
-            self.base = self.asked["version"]
-            self.kind, self.asked = "lease", self.run.lease(self.rank, last=True)
-
-
-def race(order: list[int], schedule: Any = None) -> tuple[list[Any], list[Any]]:
-    """What happened in a run of three workers, woken in this order; and who applied what with which staleness."""
-    run = ScriptedRun(3, options={"schedule": schedule}).begin(*[1] * 9)
-    loopers = [Looper(run, rank) for rank in range(3)]
-    for rank in order:
-        loopers[rank].go_on()
-    for _ in range(200):
-        if all(looper.over for looper in loopers):
-            break
-        for looper in loopers:
-            looper.go_on()
-    assert all(looper.over for looper in loopers), "it hangs"
-    updates = [(c["mailbox"], c["staleness"], c["version"]) for c in run.commands if c["op"] == "apply"]
-    return run.ask(0, "events")["events"], updates
-
-
-RACES = st.lists(st.integers(0, 2), max_size=60)
-
-
-@given(first=RACES, second=RACES)
-@settings(max_examples=60, deadline=None)
-def test_a_schedule_forces_the_same_order_on_another_race(first: list[int], second: list[int]) -> None:
-    events, updates = race(first)
-    assert len(updates) == 9
-    assert race(second, events) == (events, updates)
-
-
-def test_a_schedule_passes_over_the_events_of_the_dead() -> None:
-    run = ScriptedRun(2, options={"schedule": [["lease", 1], ["commit", 1], ["lease", 0], ["commit", 0]]}).begin(1, 1)
-    lease = run.lease(0)
-    assert lease.waits
-    run.lose(1)
-    assert run.commit(0, 0, lease["ticket"])["version"] == 1
-    assert step(run, 0, 1) == 2  # after the last event, anybody
+# ---------------------------------------------------------------------- scripts
 
 
 def test_waiting_for_a_version() -> None:

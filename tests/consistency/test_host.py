@@ -23,6 +23,7 @@ from torch import nn
 from squall.consistency import host as hosts
 from squall.consistency import snapshot
 from squall.consistency.client import Client, RunFailedError
+from squall.consistency.events import from_pairs
 from squall.consistency.host import Host
 from squall.consistency.hosting import HostProcess
 from squall.consistency.jobs import Address
@@ -291,8 +292,10 @@ def test_a_batch_named_twice_counts_once(loop: LoopInAThread) -> None:
 
 def test_a_parked_requests_fault_is_its_own(loop: LoopInAThread) -> None:
     """What waits is looked at again when others speak; it must not be they who pay for it."""
-    loop.request(op="options", options={"schedule": [["lease", 3]]})
-    try:
+    run = loop.host._run
+    assert run is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.coordinator._replay, "_schedule", from_pairs([["lease", 3]]))
         sock, connection = enter(loop, 5)
         with sock:
             with contextlib.suppress(OSError):  # it may be dropped before all is said
@@ -300,8 +303,6 @@ def test_a_parked_requests_fault_is_its_own(loop: LoopInAThread) -> None:
                     connection.send({"id": 8, **header})
             sock.settimeout(5.0)
             assert is_dropped(sock)
-    finally:
-        loop.request(op="options", options={"schedule": None})
     loop.still_serves()
 
 

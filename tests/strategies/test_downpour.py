@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -312,9 +313,58 @@ def test_edits_between_steps_are_kept() -> None:
         ({"join_timeout": None}, "join_timeout=None"),
         ({"overlap": "no"}, "overlap='no' must be True or False"),
         ({"codec": 5}, "codec=5 must be one of"),
+        ({"schedule": 5}, "schedule: it is no list. Give it what strategy.events"),
+        ({"schedule": [["foo", 0]]}, "schedule: event 0 is of kind 'foo'"),
         ({"num_columns": 2}, "num_columns=2"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         squall.DownpourStrategy(**options)
+
+
+def test_a_schedule_of_more_ranks_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"events of rank 2, but the ranks .* Give the Trainer 3 dev"):
+        fit(Constant(), squall.DownpourStrategy(schedule=[["lease", 0], ["lease", 2]]), devices=1)
+
+
+class Validated(Quadratic):
+    """What validation sees decides the rate, and is written into the weights; so are other ranks' losses."""
+
+    def __init__(self, slow: int) -> None:
+        super().__init__()
+        self.slow = slow
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        threading.Event().wait(0.005 * (self.global_rank == self.slow))
+        loss = super().training_step(batch, batch_idx)
+        self.log("mean", loss.detach(), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(self.up.sum().item() + self.rank_seen.sum().item())
+
+    def on_validation_end(self) -> None:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = LR / (1 + abs(self.seen[-1]))
+        with torch.no_grad():
+            self.down.fill_(float(self.trainer.callback_metrics["mean"]))
+
+
+def _validated(slow: int, schedule: Any) -> tuple[Any, ...]:
+    module = Validated(slow)
+    strategy = squall.DownpourStrategy(schedule=schedule)
+    made = trainer(strategy, val_check_interval=2, num_sanity_val_steps=0)
+    made.fit(module, rows(), rows(1))
+    return module.up.detach().clone(), module.down.detach().clone(), module.seen, strategy.events
+
+
+def test_what_validation_leads_to_is_repeated() -> None:
+    first, _ = run(2, _validated, 0, None, lightning=True)
+    assert ["snapshot", 0] in first[3]
+    assert ["write", 0] in first[3]
+    again, _ = run(2, _validated, 1, first[3], lightning=True)
+    assert torch.equal(again[0], first[0])
+    assert torch.equal(again[1], first[1])
+    assert again[2] == first[2]
