@@ -58,6 +58,7 @@ class AsynchronousStrategy(LiveRanks):
         if not self._fitting:
             super().setup(trainer)
             return
+        self._refuse_layer_sync()
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         assert self.model is not None
@@ -73,6 +74,17 @@ class AsynchronousStrategy(LiveRanks):
                 for key, value in state.items():
                     if isinstance(value, Tensor):
                         state[key] = value.to(self.root_device)
+
+    def _refuse_layer_sync(self) -> None:
+        assert self.lightning_module is not None
+        if self._layer_sync and self.world_size > 1:
+            for name, layer in self.lightning_module.named_modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    raise MisconfigurationException(
+                        f"sync_batchnorm=True: {name} can't normalise over the batches of ranks that don't wait for"
+                        " each other. Set sync_batchnorm=False: each rank normalises its own batches, and validation"
+                        " and checkpoints have the average of all running statistics."
+                    )
 
     def _share_initial_state(self) -> None:
         """All workers begin with the leader's weights and buffers, seeded or not."""
@@ -411,10 +423,21 @@ class _Every(int):
 
 
 def parameters_of(optimizers: list[Optimizer]) -> list[tuple[nn.Parameter, int, int]]:
-    """Every parameter that an optimizer steps, once, with the indices of its optimizer and of its group there."""
+    """Every parameter that an optimizer steps, once, with the indices of its optimizer and of its group there.
+
+    Raises:
+        MisconfigurationException: If two optimizers have the same one.
+
+    """
     found: dict[nn.Parameter, tuple[int, int]] = {}
     for index, optimizer in enumerate(optimizers):
         for number, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
-                found.setdefault(parameter, (index, number))
+                first, _ = found.setdefault(parameter, (index, number))
+                if first != index:
+                    raise MisconfigurationException(
+                        f"A parameter of shape {tuple(parameter.shape)} is given to two optimizers"
+                        f" ({type(optimizers[first]).__name__} and {type(optimizer).__name__}), which can't share one"
+                        " state. Give it to one of them."
+                    )
     return [(parameter, *place) for parameter, place in found.items()]

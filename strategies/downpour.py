@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,8 @@ class DownpourStrategy(UpdatingStrategy):
     the run ends, and another rank writes all that was learned to ``rank0-lost-step=….ckpt`` first.
 
     ``max_epochs`` counts passes over the data by all workers together, ``max_steps`` and ``trainer.global_step``
-    updates by all of them. Learning rates follow the leader's schedulers, which count updates.
+    updates by all of them. Learning rates follow the leader's schedulers, which count updates. Hooks of an optimizer's
+    step are called by the worker that makes it, around its push.
 
     Args:
         push_every: Steps whose gradients are summed before they are pushed (``n_push``).
@@ -311,6 +313,12 @@ class DownpourStrategy(UpdatingStrategy):
                 self._rejoin()
         self._version = max(self._version, self.replica.version)
         return True
+
+    def _take_over_step(self, optimizer: Optimizer) -> None:
+        super()._take_over_step(optimizer)
+        # Hooks of the optimizer are called here: at the shards it has none.
+        step: Any = optimizer.step
+        optimizer.step = MethodType(Optimizer.profile_hook_step(step.__func__), optimizer)  # type: ignore[method-assign]
 
     def _step(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
         self._keep_edits()

@@ -160,17 +160,14 @@ class HogwildStrategy(UpdatingStrategy):
 
     def _make_layout(self) -> SharedLayout:
         for optimizer in self.optimizers:
-            if not is_elementwise(optimizer):
+            # Sparse gradients are all that SparseAdam takes, so it can't be tried like others.
+            if not is_elementwise(optimizer) and type(optimizer) is not torch.optim.SparseAdam:
                 raise MisconfigurationException(
                     f"{type(optimizer).__name__} does not treat every element alone, so it can't step weights that"
                     " other ranks change meanwhile. Use an element-wise optimizer (SGD, Adagrad, Adam, ...), or"
                     ' Trainer(strategy="ddp").'
                 )
         members = parameters_of(self.optimizers)
-        if sum(len(group["params"]) for o in self.optimizers for group in o.param_groups) > len(members):
-            raise MisconfigurationException(
-                "A parameter is given to two optimizers, which can't share one state. Give it to one of them."
-            )
         self._parameters = [parameter for parameter, _, _ in members]
         tried: dict[Any, tuple[StateEntry, ...]] = {}
         infos = []

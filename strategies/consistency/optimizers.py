@@ -163,6 +163,8 @@ def try_state(
         make_faster(trial, trial.param_groups[0])
     for value in (0.25, -0.5):
         parameter.grad = torch.full_like(parameter, value)
+        if isinstance(optimizer, torch.optim.SparseAdam) and not at_shard:
+            parameter.grad = parameter.grad.to_sparse()
         try:
             type(optimizer).step(trial)
         except Exception as error:

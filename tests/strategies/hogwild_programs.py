@@ -126,6 +126,21 @@ class Two(Net):
         return [a, b], schedules
 
 
+class Rare(LightningModule):
+    """A table of which a step sees few rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(50, 3, sparse=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return ((self.table((batch[0][:, 0].abs() * 10).long()) - batch[1]) ** 2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SparseAdam(list(self.parameters()), lr=0.1)
+
+
 def state_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """All that a run leaves behind."""
     return {
@@ -139,7 +154,7 @@ def state_of(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
 
 def fit_net(path: str, kind: str, strategy: str = "hogwild", resume: str | None = None, **options: Any) -> Any:
     torch.manual_seed(3)
-    module = Two() if kind == "two" else Net(kind)
+    module = Two() if kind == "two" else Rare() if kind == "sparse adam" else Net(kind)
     before = dict(module.named_parameters())
     run = trainer(path, strategy, **{"max_epochs": 3, **options})
     run.fit(module, DataLoader(samples(), batch_size=4), ckpt_path=resume)
