@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from functools import partial
 from typing import Any
 
@@ -183,12 +183,23 @@ class AsynchronousStrategy(LiveRanks):
         batches.call = self._call
         batches.epoch = self._epoch
         batches.on_reply = self._heard
-        batches.done_before = self._orders_of_the_checkpoint(batches)
+        batches.done_before = self._orders_of_the_checkpoint(batches, dataloader.dataset)
         return leased
 
-    def _orders_of_the_checkpoint(self, batches: LeasedBatches) -> dict[int, Order]:
-        orders = {int(epoch): Order.from_state(state) for epoch, state in self._resumed.get("queue", {}).items()}
-        return {epoch: order for epoch, order in orders.items() if len(order) == len(batches)}
+    def _orders_of_the_checkpoint(self, batches: LeasedBatches, dataset: Sized) -> dict[int, Order]:
+        """Epochs that an earlier run has begun: what is left of them is all that this run has of them."""
+        found = {}
+        for epoch, state in self._resumed.get("queue", {}).items():
+            order = Order.from_state(state)
+            last = max(order.samples, default=-1)
+            if last >= len(dataset):
+                rank_zero_warn(
+                    f"The checkpoint was written in the middle of an epoch over other data: it has a sample {last}, and"
+                    f" the data set is of {len(dataset)}. So this epoch begins anew."
+                )
+                continue
+            found[int(epoch)] = batches.continued(order)
+        return found
 
     def _epoch(self) -> tuple[int, bool]:
         """The epoch that this worker is in, and whether it is the last."""
@@ -211,6 +222,9 @@ class AsynchronousStrategy(LiveRanks):
         self._batches = found[0]
         combined.limits = None
         loop.max_batches = len(found[0])
+        begun = found[0].done_before.get(self._epoch()[0])
+        if begun is not None and 0 in begun.done:  # an epoch that was begun with smaller batches is not over for having had so many
+            loop.max_batches = max(loop.max_batches, loop.epoch_loop.batch_progress.current.ready + 1)
         interval = trainer.val_check_interval
         if isinstance(interval, float) and trainer.val_check_batch is not None:
             share = max(1, int(loop.max_batches * interval / self.world_size))

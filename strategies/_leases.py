@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,10 +17,20 @@ from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from .consistency.order import Order
 from .consistency.queue import Ticket
+
+_WHOLE = (RandomSampler, SequentialSampler, DistributedSampler)  # list all samples, the last one of a world of one
 
 Call = Callable[..., tuple[dict[str, Any], bytearray]]  # asks the coordinator: header, payload -> header, payload
 
@@ -97,6 +108,33 @@ class LeasedBatches:
                 )
         return Order.of(batches[: self._num_batches])
 
+    def digest(self) -> str:
+        """Which samples an epoch has: the same on all workers, unless a sampler deals out a worker's share by itself.
+
+        Samplers that are known to list all samples are not asked.
+        """
+        loader = self._source
+        if type(loader.sampler) in _WHOLE and type(loader.batch_sampler) in (BatchSampler, type(None)):
+            return ""
+        indices = np.sort(np.array(self.order(self.epoch()[0]).samples))
+        return hashlib.sha256(indices.tobytes()).hexdigest()
+
+    def continued(self, order: Order) -> Order:
+        """An epoch that an earlier run began, with what is left of it in batches as the loader makes them now.
+
+        Args:
+            order: Its batches, and which of them have been trained on.
+
+        """
+        loader = self._source
+        size = loader.batch_size
+        if size is None or type(loader.batch_sampler) is not BatchSampler or max(order.sizes, default=size) == size:
+            return order
+        left = [index for position, done in enumerate(order.done) if not done for index in order.batch(position)]
+        stop = len(left) - len(left) % size if loader.drop_last else len(left)
+        made = [order.batch(position) for position, done in enumerate(order.done) if done]
+        return Order.of(made + [left[at : at + size] for at in range(0, stop, size)], range(len(made)))
+
     def give_back(self) -> None:
         """Return what was dealt to batches that nobody will see."""
         if self.dealt and self.call is not None:
@@ -145,6 +183,12 @@ def lease(loader: DataLoader[Any], limit: int | float | None, num_workers: int, 
     elif limit is not None:
         num_batches = min(num_batches, limit * num_workers)
     leased = copy.copy(whole)
+    if loader.num_workers and not getattr(loader, "in_order", True):
+        rank_zero_warn(
+            "DataLoader(in_order=False) is taken for in_order=True: the queue is told of batches in the order in which"
+            " it has dealt them out. A rank that is fast gets more of them anyway."
+        )
+        leased.in_order = True
     batches = LeasedBatches(whole, num_batches, seed)
     # A loader lets nobody set these after it is made; made anew, it would need the arguments of the user's subclass.
     object.__setattr__(leased, "sampler" if batches._single else "batch_sampler", batches)

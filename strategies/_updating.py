@@ -168,11 +168,17 @@ class UpdatingStrategy(AsynchronousStrategy):
         trainer = self._trainer
         assert self.lightning_module is not None
         self._version = self._resumed.get("version", trainer.global_step)
-        digests = self._meet("plan", self._digest_of_layout())
-        if len(set(digests.values())) > 1:
+        samples = self._batches.digest() if self._batches is not None and self.world_size > 1 else ""
+        digests = self._meet("plan", [self._digest_of_layout(), samples]).values()
+        if len({layout for layout, _ in digests}) > 1:
             raise MisconfigurationException(
                 "The ranks have not built the same module and optimizers: their parameters differ in number, shape or"
                 " order. Build them alike on every rank."
+            )
+        if len({samples for _, samples in digests}) > 1:
+            raise MisconfigurationException(
+                "The ranks' samplers list different samples, but one list is dealt out to all ranks: the others' would"
+                " never be trained on. Let the sampler list all samples on every rank, or leave it out."
             )
         self._buffers = BufferAverage(self.lightning_module)
         if self._has_shards and not self.client.welcome["started"]:
