@@ -223,7 +223,7 @@ class AsynchronousStrategy(LiveRanks):
         combined.limits = None
         loop.max_batches = len(found[0])
         begun = found[0].done_before.get(self._epoch()[0])
-        if begun is not None and 0 in begun.done:  # an epoch that was begun with smaller batches is not over for having had so many
+        if begun is not None and 0 in begun.done:  # not over for having had so many batches, if these were smaller
             loop.max_batches = max(loop.max_batches, loop.epoch_loop.batch_progress.current.ready + 1)
         interval = trainer.val_check_interval
         if isinstance(interval, float) and trainer.val_check_batch is not None:
