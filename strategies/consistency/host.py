@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from typing import Any
 
 import torch  # noqa: F401  (shards are forked with it)
@@ -182,9 +183,11 @@ class Host:
             for header, payload in connection.receive():
                 self._deadlines.pop(connection, None)
                 who.said(connection, header, payload, now)
-        except (ConnectionError, ValueError) as error:
+        except Exception as error:  # whatever it is: one peer's fault is no end of the others' run
             if isinstance(error, (WireError, ValueError)):
                 sys.stderr.write(f"squall: a connection was dropped: {error}\n")
+            elif not isinstance(error, ConnectionError):
+                sys.stderr.write(f"squall: a connection was dropped:\n{traceback.format_exc()}")
             self.forget(connection)
             who.gone(connection, now)
 

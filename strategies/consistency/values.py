@@ -15,6 +15,9 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 )}  # fmt: skip
 
 
+_MAX_DEPTH = 60  # of lists and dicts in each other: a header takes three levels for one
+
+
 def encode(value: Any) -> tuple[Any, bytes]:
     """Say a value in JSON and bytes.
 
@@ -23,13 +26,19 @@ def encode(value: Any) -> tuple[Any, bytes]:
 
     Raises:
         TypeError: If there is anything else in it.
+        ValueError: If it is nested too deep for a message.
 
     """
     blobs: list[bytes] = []
     return _encode(value, blobs), b"".join(blobs)
 
 
-def _encode(value: Any, blobs: list[bytes]) -> Any:
+def _encode(value: Any, blobs: list[bytes], depth: int = 0) -> Any:
+    if depth > _MAX_DEPTH:
+        raise ValueError(
+            f"A value with more than {_MAX_DEPTH} lists or dicts in each other can't be sent to other ranks, nor one"
+            " that contains itself. Send it flatter."
+        )
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -48,11 +57,13 @@ def _encode(value: Any, blobs: list[bytes]) -> Any:
         return {"tensor": name, "shape": list(plain.shape)}
     if isinstance(value, (list, tuple, set, frozenset)):
         kind = "list" if isinstance(value, list) else "tuple" if isinstance(value, tuple) else "set"
-        return {kind: [_encode(item, blobs) for item in value]}
+        return {kind: [_encode(item, blobs, depth + 1) for item in value]}
     if isinstance(value, dict):
-        return {"dict": [[_encode(key, blobs), _encode(item, blobs)] for key, item in value.items()]}
+        return {
+            "dict": [[_encode(key, blobs, depth + 1), _encode(item, blobs, depth + 1)] for key, item in value.items()]
+        }
     if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a NumPy number
-        return _encode(value.item(), blobs)
+        return _encode(value.item(), blobs, depth)
     raise TypeError(
         f"A {type(value).__name__} can't be sent to other ranks: between the processes of an asynchronous run nothing"
         " is pickled. Send numbers, text, tensors, and lists or dicts of them."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import re
 import secrets
 import socket
 import struct
@@ -17,11 +18,14 @@ from typing import Any
 
 TOKEN_BYTES = 32
 MAX_HEADER_BYTES = 4 << 20
+MAX_HEADER_DEPTH = 200  # of lists and objects in each other, far from where Python gives up
 MAX_PAYLOAD_BYTES = 1 << 32
 MAX_CARRIED_BYTES = 1 << 42  # to an end that knows how much is to come, and where it belongs: all of a shard, say
 _LENGTHS = struct.Struct("<IQ")
 _SILENT_SECONDS = 20  # of a peer, after which the kernel asks whether it is there
 _NUM_PROBES = 6
+_QUOTED = re.compile(rb'"(?:[^"\\]+|\\.)*"?', re.DOTALL)  # never fails, so what has no end costs no more
+_BRACKET = re.compile(rb"[\[\]{}]")
 
 Header = dict[str, Any]
 
@@ -41,14 +45,26 @@ def pack(header: Mapping[str, Any], payload: bytes | memoryview = b"") -> bytes:
 
 
 def parse_header(text: bytes | bytearray | memoryview) -> Header:
-    """Read a header; anything but a JSON object is refused."""
+    """Read a header; anything but a JSON object is refused, and one that is nested deeper than any of ours."""
+    text = bytes(text)
+    if text.count(b"[") + text.count(b"{") > MAX_HEADER_DEPTH and _depth(text) > MAX_HEADER_DEPTH:
+        raise WireError(f"a header is nested more than {MAX_HEADER_DEPTH} deep")
     try:
-        header = json.loads(bytes(text))
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise WireError(f"a header is no JSON: {error}") from None
     if not isinstance(header, dict):
         raise WireError(f"a header is a {type(header).__name__}, not an object")
     return header
+
+
+def _depth(text: bytes) -> int:
+    """How deep the lists and objects of a JSON text are nested."""
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(_QUOTED.sub(b"", text)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def prepare(sock: socket.socket) -> None:

@@ -35,7 +35,7 @@ from squall.consistency.replica import Replica
 from squall.consistency.shard import ShardSpec
 from squall.consistency.staleness import MEAN_SQUARE, StalenessRule
 from squall.consistency.updates import SliceMemory
-from squall.consistency.wire import TOKEN_BYTES, Blocking, Buffered, connect, pack
+from squall.consistency.wire import MAX_HEADER_DEPTH, TOKEN_BYTES, Blocking, Buffered, connect, pack
 
 OPTIONS = {"world_size": 1, "lease_timeout": 600.0}
 
@@ -275,6 +275,36 @@ def test_a_bad_request_drops_its_peer_and_changes_nothing(loop: LoopInAThread, n
         assert is_dropped(sock)
     after = loop.still_serves()
     assert {**after, "num_joined": 0} == {**before, "num_joined": 0}
+
+
+@pytest.mark.parametrize("depth", [150, 300, 900, 960, 970, 990, 2000, 100_000])
+def test_a_deep_value_harms_nobody(loop: LoopInAThread, depth: int) -> None:
+    """As deep as can be read and not written, say."""
+    sock, _ = enter(loop, 5)
+    with sock:
+        text = b'{"op":"share","key":"k","id":2,"value":' + b"[" * depth + b"]" * depth + b"}"
+        sock.sendall(struct.pack("<IQ", len(text), 0) + text)
+        sock.settimeout(5.0)
+        if depth < MAX_HEADER_DEPTH:
+            assert Blocking(sock).receive()[0]["parts"]
+        else:
+            assert is_dropped(sock)
+    loop.still_serves()
+
+
+def test_an_error_that_nobody_thought_of_costs_its_peer_alone(
+    loop: LoopInAThread, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = loop.host._run
+    assert run is not None
+    monkeypatch.setattr(run.coordinator, "_on_gate", lambda *args: {}["no such"])
+    sock, connection = enter(loop, 5)
+    with sock:
+        connection.send({"op": "gate", "id": 8})
+        sock.settimeout(5.0)
+        assert is_dropped(sock)
+    loop.still_serves()
+    assert "KeyError: 'no such'" in capsys.readouterr().err
 
 
 def test_a_batch_named_twice_counts_once(loop: LoopInAThread) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squall.consistency.values import decode, encode
+from squall.consistency.wire import parse_header
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -162,3 +163,22 @@ def test_depth_is_a_value_error() -> None:
         said = {"list": [said]}
     with pytest.raises(ValueError, match="no value"):
         decode(said, b"")
+
+
+@pytest.mark.parametrize("nest", [lambda inner: [inner], lambda inner: {"a": inner}])
+def test_what_is_nested_as_deep_as_it_may_be_fits_a_header(nest: Any) -> None:
+    value: Any = 0
+    for _ in range(60):
+        value = nest(value)
+    said, blob = encode(value)
+    assert parse_header(json.dumps({"parts": [{"value": said}]}).encode())
+    assert decode(said, blob) == value
+    with pytest.raises(ValueError, match="more than 60 lists or dicts in each other"):
+        encode(nest(value))
+
+
+def test_what_contains_itself_is_refused() -> None:
+    value: list[Any] = []
+    value.append(value)
+    with pytest.raises(ValueError, match="contains itself"):
+        encode(value)

@@ -166,6 +166,8 @@ SPOILED = {
     "a header that is a list": struct.pack("<IQ", 2, 0) + b"[]",
     "a header that is a number": struct.pack("<IQ", 1, 0) + b"1",
     "no UTF-8": struct.pack("<IQ", 2, 0) + b"\xff\xfe",
+    "lists that could be read": struct.pack("<IQ", 605, 0) + b'{"":' + b"[" * 300 + b"]" * 300 + b"}",
+    "objects that could be read": struct.pack("<IQ", 1501, 0) + b'{"":' * 300 + b"1" + b"}" * 300,
     "depth": struct.pack("<IQ", 200_000, 0) + b"[" * 200_000,
     "a huge number": struct.pack("<IQ", 5_005, 0) + b'{"":' + b"1" * 5_000 + b"}",
     "an oversized header": struct.pack("<IQ", MAX_HEADER_BYTES + 1, 0),
@@ -234,3 +236,43 @@ def test_garbage_is_a_message_nothing_yet_or_the_end(data: bytes) -> None:
         for header, payload in messages:
             json.dumps(header)
             assert isinstance(payload, bytes)
+
+
+def depth_of(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
+
+
+TRICKY = st.recursive(
+    st.integers() | st.text(st.sampled_from('[]{}\\"a\u00e9'), max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.sampled_from('[{"\\'), max_size=2), inner),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(max_size=2), TRICKY, max_size=4), st.booleans())
+def test_depth_is_counted_outside_of_text(header: dict[str, Any], is_ascii: bool) -> None:
+    assert wire._depth(json.dumps(header, ensure_ascii=is_ascii).encode()) == depth_of(header)
+
+
+@given(st.integers(0, 400), st.sampled_from(['{"a":', '{"a":[', '{"[\\"":']), st.text('[]{}:,\\" 1', max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_headers_are_read_whole_or_refused(depth: int, opening: str, garbage: str) -> None:
+    closing = "]}" if opening.endswith("[") else "}"
+    for text in (opening * depth + "{}" + closing * depth, opening * depth + garbage + closing * depth):
+        try:
+            header = wire.parse_header(text.encode())
+        except WireError:
+            continue
+        assert depth_of(header) <= wire.MAX_HEADER_DEPTH
+        json.dumps(header)
+
+
+def test_a_header_of_much_that_is_not_deep_is_read() -> None:
+    header = {"parts": [[[]] * 3] * 50_000, "text": "[" * 1000}
+    assert wire.parse_header(json.dumps(header).encode()) == header
+
+
+def test_a_text_without_an_end_is_refused_at_once() -> None:
+    with pytest.raises(WireError):  # and not after the square of its length
+        wire.parse_header(b"[" * 300 + b'"' + b'\\"' * 1_000_000)
