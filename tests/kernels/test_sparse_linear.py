@@ -354,3 +354,29 @@ def test_weights_are_packed_alike_by_loops_and_in_numpy(num_rows, num_columns, d
         for ours, expected in zip(result, results[0], strict=True):
             assert ours.dtype == expected.dtype
             assert np.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("num_codes", [None, 20, 100, 200])
+def test_parts_of_a_matrix_add_up(num_codes, two_threads, monkeypatch):
+    """However many, with no thread's sums but those of the task."""
+    weight = sparse(130, 1300, 0.2)
+    positions, bias = positions_of(weight), torch.randn(130, dtype=torch.float64, generator=seeded())
+    codes = torch.arange(len(positions)) % (num_codes or 1)
+    values = weight.flatten()[positions] if num_codes is None else torch.randn(num_codes, generator=seeded()).double()
+    weight.view(-1)[positions] = values if num_codes is None else values[codes]
+    for dtype in (torch.float32, torch.float64):
+        if num_codes is None:
+            packed = pack_values(positions, values.to(dtype), (130, 1300), 50)
+        else:
+            packed = pack_codes(positions, codes.to(torch.uint8), values.to(dtype), (130, 1300), 50)
+        for batch in (1, 3):
+            x = torch.randn(batch, 1300, dtype=torch.float64, generator=seeded())
+            expected = F.linear(x, weight.double(), bias).relu()
+            results = []
+            for part_slots in (1, 1 << 10, 1 << 18):
+                monkeypatch.setattr(op, "_PART_SLOTS", part_slots)
+                for num_threads in (1, 2):
+                    torch.set_num_threads(num_threads)
+                    results.append(sparse_linear(x.to(dtype), packed, bias.to(dtype), relu=True))
+                assert torch.equal(*results[-2:])
+                torch.testing.assert_close(results[-1].double(), expected, **tolerances(dtype, 1300))

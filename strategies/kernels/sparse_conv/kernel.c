@@ -43,6 +43,7 @@ struct conv {
     int64_t tile, tiles;                        /* registers of a tile, tiles of a channel */
     int64_t row_tiles;                          /* tiles of a row, or 0 if they run on from row to row */
     int64_t guard, channel_size;
+    int64_t parts;                              /* of a group's outputs, each a thread's work */
     int64_t num_scratch;
     int relu;
     /* of the weight's gradient */
@@ -116,7 +117,12 @@ SQUALL_EXPORT void squall_sparse_conv(const float *packed, const float *values, 
                         .width = width, .pitch = pitch, .tile = tile, .row_tiles = row_tiles, .guard = guard, .channel_size = channel_size,
                         .num_scratch = num_scratch, .relu = relu};
     count_tiles(&conv);
-    squall_parallel(SQUALL_PICK(forward), &conv, (samples + lanes - 1) / lanes * groups * conv.tiles, num_threads);
+    /* A few tiles are one image of few pixels: then threads share its outputs, too. */
+    int64_t num_tasks = (samples + lanes - 1) / lanes * groups * conv.tiles, most = outputs > 0 ? outputs : 1;
+    conv.parts = num_threads > 1 && num_tasks > 0 ? (4 * num_threads + num_tasks - 1) / num_tasks : 1;
+    if (conv.parts > most)
+        conv.parts = most;
+    squall_parallel(SQUALL_PICK(forward), &conv, num_tasks * conv.parts, num_threads);
 }
 
 /* The weights' gradients, one number a live weight; `grad` is packed like the output, with zeros in the gaps. */

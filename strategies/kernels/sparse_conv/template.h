@@ -122,12 +122,12 @@ ISA_TARGET SQUALL_INLINE void FN(add)(const int num, const float *in, const floa
         *(vector *)(sums + i * WIDTH) = total[i];
 }
 
-/* All outputs of a group over one block of input channels. */
-ISA_TARGET SQUALL_INLINE void FN(add_all)(const int num, const struct conv *c, int64_t first, const float *in,
-                                          float *sums, int is_first)
+/* Some outputs of a group over one block of input channels. */
+ISA_TARGET SQUALL_INLINE void FN(add_all)(const int num, const struct conv *c, int64_t first, int64_t num_outputs,
+                                          const float *in, float *sums, int is_first)
 {
     const int64_t *starts = c->starts + first;
-    for (int64_t output = 0; output < c->outputs; output++)
+    for (int64_t output = 0; output < num_outputs; output++)
         if (is_first || starts[output] < starts[output + 1])
             FN(add)(num, in, c->values, c->offsets, starts[output], starts[output + 1], sums + output * num * WIDTH,
                     is_first);
@@ -152,10 +152,10 @@ ISA_TARGET SQUALL_INLINE void FN(add_all)(const int num, const struct conv *c, i
     case 14: CALL(14); break;                                                                                          \
     }
 
-ISA_TARGET static void FN(add_tile)(int64_t num, const struct conv *c, int64_t first, const float *in, float *sums,
-                                    int is_first)
+ISA_TARGET static void FN(add_tile)(int64_t num, const struct conv *c, int64_t first, int64_t num_outputs,
+                                    const float *in, float *sums, int is_first)
 {
-#define CALL(NUM) FN(add_all)(NUM, c, first, in, sums, is_first)
+#define CALL(NUM) FN(add_all)(NUM, c, first, num_outputs, in, sums, is_first)
     EACH_TILE(CALL)
 #undef CALL
 }
@@ -213,20 +213,24 @@ ISA_TARGET static void FN(store)(const struct conv *c, int64_t block, int64_t ch
         }
 }
 
-/* One tile of all outputs of a group. */
+/* One tile of a group's outputs, or of a part of them. */
 ISA_TARGET static void FN(forward)(void *context, int64_t index, int thread)
 {
     const struct conv *c = context;
+    int64_t part = index % c->parts, low = part * c->outputs / c->parts, high = (part + 1) * c->outputs / c->parts;
+    index /= c->parts;
     int64_t tile = index % c->tiles, group = index / c->tiles % c->groups, block = index / c->tiles / c->groups;
     int64_t begin, num = tile_at(c, tile, &begin);
     float *sums = c->scratch + thread * c->num_scratch;
     const float *in = c->packed + (block * c->groups + group) * c->inputs * c->channel_size + c->guard + begin;
-    for (int64_t part = 0; part < c->blocks; part++)
-        FN(add_tile)(num, c, (group * c->blocks + part) * c->outputs, in + part * c->block_size * c->channel_size, sums, part == 0);
+    for (int64_t inputs = 0; inputs < c->blocks; inputs++)
+        FN(add_tile)(num, c, (group * c->blocks + inputs) * c->outputs + low, high - low,
+                     in + inputs * c->block_size * c->channel_size, sums, inputs == 0);
     struct FN(run) runs[MOST * WIDTH];
     int num_runs = FN(runs_of)(c, begin, num * WIDTH, runs);
-    for (int64_t output = 0; output < c->outputs; output++)
-        FN(store)(c, block, group * c->outputs + output, num * WIDTH, sums + output * num * WIDTH, runs, num_runs);
+    for (int64_t output = low; output < high; output++)
+        FN(store)(c, block, group * c->outputs + output, num * WIDTH, sums + (output - low) * num * WIDTH, runs,
+                  num_runs);
 }
 
 ISA_TARGET SQUALL_INLINE float FN(sum)(vector v)

@@ -26,8 +26,9 @@ struct linear {
     const int64_t *starts; /* first step of each slice, and the end */
     const int64_t *tiles;  /* first slice of each tile, and the end; blocks of rows are the slow index */
     const void *x, *bias;
-    void *y, *shared, *own; /* own: num_own numbers for each thread */
+    void *y, *shared, *own; /* own: num_own numbers for each thread, or for each task of batch 1 */
     int64_t num_codes, num_rows, num_columns, row_block, num_tiles, batch, num_own;
+    int64_t parts;         /* of a block's tiles, each a thread's work at batch 1 */
     int relu;
 };
 
@@ -42,6 +43,12 @@ struct live {
 SQUALL_INLINE int64_t at_most(int64_t value, int64_t most)
 {
     return value < most ? value : most;
+}
+
+/* Where a part of a block's tiles begins. */
+SQUALL_INLINE int64_t first_tile(const struct linear *w, int64_t part)
+{
+    return part * w->num_tiles / w->parts;
 }
 
 #define REAL float
@@ -71,13 +78,13 @@ static int64_t num_lanes(int is_double)
 SQUALL_EXPORT void squall_sparse_linear(const void *columns, const void *codes, const void *values, const void *rows,
                                         const void *starts, const void *tiles, const void *x, const void *bias, void *y,
                                         void *shared, void *own, int64_t num_own, int64_t num_codes, int64_t num_rows,
-                                        int64_t num_columns, int64_t row_block, int64_t batch, int relu, int one,
-                                        int is_double, int num_threads)
+                                        int64_t num_columns, int64_t row_block, int64_t batch, int64_t parts, int relu,
+                                        int one, int is_double, int num_threads)
 {
     struct linear w = {.columns = columns, .codes = codes, .values = values, .rows = rows, .starts = starts,
                        .tiles = tiles, .x = x, .bias = bias, .y = y, .shared = shared, .own = own, .num_own = num_own,
                        .num_codes = num_codes, .num_rows = num_rows, .num_columns = num_columns,
-                       .row_block = row_block, .batch = batch, .relu = relu,
+                       .row_block = row_block, .batch = batch, .parts = parts, .relu = relu,
                        .num_tiles = (num_columns + TILE_COLUMNS - 1) / TILE_COLUMNS};
     int64_t num_blocks = (num_rows + row_block - 1) / row_block;
     if (one) {
@@ -90,7 +97,9 @@ SQUALL_EXPORT void squall_sparse_linear(const void *columns, const void *codes, 
             pad_double(&w);
         else
             pad_float(&w);
-        squall_parallel(task, &w, num_blocks * batch, num_threads);
+        squall_parallel(task, &w, num_blocks * batch * parts, num_threads);
+        squall_parallel(is_double ? SQUALL_PICK(finish_double) : SQUALL_PICK(finish_float), &w, num_blocks * batch,
+                        num_threads);
         return;
     }
     int64_t chunks = (batch + num_lanes(is_double) - 1) / num_lanes(is_double);

@@ -16,12 +16,13 @@ from .packing import TILE_COLUMNS
 from .torch_path import torch_forward, torch_input_grad, torch_weight_grad
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_forward = native.function("squall_sparse_linear", *[_POINTER] * 11, *[_LONG] * 6, *[_INT] * 4)
+_forward = native.function("squall_sparse_linear", *[_POINTER] * 11, *[_LONG] * 7, *[_INT] * 4)
 _input_grad = native.function("squall_sparse_linear_input_grad", *[_POINTER] * 10, *[_LONG] * 5, *[_INT] * 2)
 _weight_grad = native.function("squall_sparse_weight_grad", *[_POINTER] * 6, *[_LONG] * 3, *[_INT] * 2)
 _TILE, _LANES = 128, 32  # as in kernel.c
 ONE_AT_A_TIME = 3
 """Up to so many samples are faster one after the other than in the lanes of a vector."""
+_PART_SLOTS, _MOST_PARTS = 1 << 18, 8  # what is worth a task at batch 1; threads have no say, or they'd change sums
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -73,10 +74,13 @@ def sparse_linear(
     num_tiles, one = -(-num_columns // TILE_COLUMNS), batch <= ONE_AT_A_TIME
     num_own = _in_lanes(row_block + 1) if one else (row_block + 1) * _LANES
     shared = x.new_empty(max(1, (batch if one else _in_lanes(batch)) * num_tiles * _TILE))
-    own = x.new_empty(num_threads * num_own)
+    num_blocks = -(-num_rows // row_block)
+    num_parts = max(1, min(num_tiles, _MOST_PARTS, len(columns) // (num_blocks * _PART_SLOTS))) if one else 1
+    own = x.new_empty((num_blocks * batch * num_parts if one else num_threads) * num_own)
     _forward(
         *_parts(packed), x.data_ptr(), _pointer(bias), y.data_ptr(), shared.data_ptr(), own.data_ptr(), num_own,
-        values.numel(), num_rows, num_columns, row_block, batch, relu, one, x.dtype == torch.float64, num_threads,
+        values.numel(), num_rows, num_columns, row_block, batch, num_parts, relu, one, x.dtype == torch.float64,
+        num_threads,
     )  # fmt: skip
     return y
 

@@ -38,15 +38,33 @@ ISA_TARGET static void F(transpose_back)(const REAL *restrict in, int64_t lanes,
     }
 }
 
-/* Batch 1: one block of rows and one sample. */
+/* Batch 1: add the parts of one block of rows and one sample up. */
+ISA_TARGET static void F(finish)(void *context, int64_t index, int thread)
+{
+    (void)thread;
+    const struct linear *w = context;
+    int64_t sample = index % w->batch, block = index / w->batch, first = block * w->row_block;
+    int64_t num = at_most(w->row_block, w->num_rows - first);
+    REAL *restrict total = (REAL *)w->own + index * w->parts * w->num_own;
+    for (int64_t part = 1; part < w->parts; part++) {
+        const REAL *restrict more = total + part * w->num_own;
+        for (int64_t i = 0; i < num; i++)
+            total[i] += more[i];
+    }
+    F(transpose_back)(total, 1, num, 1, w->num_rows, w->bias ? (const REAL *)w->bias + first : NULL, w->relu,
+                      (REAL *)w->y + sample * w->num_rows + first);
+}
+
+/* Batch 1: some tiles of one block of rows, and one sample. */
 ISA_TARGET static void F(one)(void *context, int64_t index, int thread)
 {
+    (void)thread;
     const struct linear *w = context;
-    int64_t sample = index % w->batch, block = index / w->batch;
-    REAL *restrict total = (REAL *)w->own + thread * w->num_own;
+    int64_t part = index % w->parts, sample = index / w->parts % w->batch, block = index / w->parts / w->batch;
+    REAL *restrict total = (REAL *)w->own + index * w->num_own;
     const REAL *restrict values = w->values;
     memset(total, 0, (size_t)(w->row_block + 1) * sizeof(REAL));
-    for (int64_t tile = 0; tile < w->num_tiles; tile++) {
+    for (int64_t tile = first_tile(w, part); tile < first_tile(w, part + 1); tile++) {
         const REAL *restrict x = (const REAL *)w->shared + (sample * w->num_tiles + tile) * TILE;
         const int64_t *slices = w->tiles + block * w->num_tiles + tile;
         for (int64_t slice = slices[0]; slice < slices[1]; slice++) {
@@ -64,10 +82,6 @@ ISA_TARGET static void F(one)(void *context, int64_t index, int thread)
                 total[rows[i]] += sum[i];
         }
     }
-    int64_t first = block * w->row_block;
-    F(transpose_back)(total, 1, at_most(w->row_block, w->num_rows - first), 1, w->num_rows,
-                      w->bias ? (const REAL *)w->bias + first : NULL, w->relu,
-                      (REAL *)w->y + sample * w->num_rows + first);
 }
 
 /* Transpose a tile's columns of a chunk of the batch, and add columns of zeros. */

@@ -74,8 +74,8 @@ VBMI_TARGET SQUALL_INLINE void look_up_wide(__m512i index, const __m512i *t, con
 }
 
 /* Codes: 0 none, but values; else the size of the codebook that registers have room for: 32, 128 or 256. */
-VBMI_TARGET SQUALL_INLINE void one_block(const struct linear *w, int64_t block, int64_t sample, float *total,
-                                         const int codes)
+VBMI_TARGET SQUALL_INLINE void one_block(const struct linear *w, int64_t block, int64_t part, int64_t sample,
+                                         float *total, const int codes)
 {
     float book[256] = {0};
     __m512 few[2] = {0};
@@ -91,7 +91,7 @@ VBMI_TARGET SQUALL_INLINE void one_block(const struct linear *w, int64_t block, 
         if (codes == 256)
             planes(book + 128, more);
     }
-    for (int64_t tile = 0; tile < w->num_tiles; tile++) {
+    for (int64_t tile = first_tile(w, part); tile < first_tile(w, part + 1); tile++) {
         const int64_t *slices = w->tiles + block * w->num_tiles + tile;
         if (slices[0] == slices[1])
             continue;
@@ -134,20 +134,18 @@ VBMI_TARGET SQUALL_INLINE void one_block(const struct linear *w, int64_t block, 
 
 VBMI_TARGET static void one_float_vbmi(void *context, int64_t index, int thread)
 {
+    (void)thread;
     const struct linear *w = context;
-    int64_t sample = index % w->batch, block = index / w->batch, first = block * w->row_block;
-    float *total = (float *)w->own + thread * w->num_own;
+    int64_t part = index % w->parts, sample = index / w->parts % w->batch, block = index / w->parts / w->batch;
+    float *total = (float *)w->own + index * w->num_own;
     memset(total, 0, (size_t)(w->row_block + 1) * sizeof(float));
     if (!w->codes)
-        one_block(w, block, sample, total, 0);
+        one_block(w, block, part, sample, total, 0);
     else if (w->num_codes <= 32)
-        one_block(w, block, sample, total, 32);
+        one_block(w, block, part, sample, total, 32);
     else if (w->num_codes <= 128)
-        one_block(w, block, sample, total, 128);
+        one_block(w, block, part, sample, total, 128);
     else
-        one_block(w, block, sample, total, 256);
-    transpose_back_float_avx512(total, 1, at_most(w->row_block, w->num_rows - first), 1, w->num_rows,
-                                w->bias ? (const float *)w->bias + first : NULL, w->relu,
-                                (float *)w->y + sample * w->num_rows + first);
+        one_block(w, block, part, sample, total, 256);
 }
 #endif
