@@ -12,4 +12,4 @@ def own_memory() -> list[str]:
     names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
     names = [name for name in names if name.startswith("squall-")]
     family = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))} if names else set()
-    return [name for name in names if int(name.split("-")[1]) in family]
+    return [name for name in names if name.split("-")[1] in map(str, family)]
