@@ -6,12 +6,11 @@ import os
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sized
-from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from ._due import Followed, StepCount, callbacks_of, checkpoints_of, save_by_version, validate_by_progress
 from ._leases import LeasedBatches, LeaseFetcher, can_be_leased, lease, leased_batches, split
 from ._live_ranks import LiveRanks
 from .consistency.client import LeaderLostError
@@ -27,6 +27,7 @@ from .consistency.hosting import tidy
 from .consistency.jobs import give_port_back
 from .consistency.optimizers import adopt, hyperparameters
 from .consistency.order import Order
+from .consistency.progress import Progress
 from .consistency.queue import Ticket
 from .launching import HydraAwareLauncher
 
@@ -50,6 +51,8 @@ class AsynchronousStrategy(LiveRanks):
         self._makes_training_loaders = False
         self._num_training_loaders = 1
         self._resumed: dict[str, Any] = {}
+        self._begins_at = Progress()
+        self._followed: list[Followed] = []
 
     # ------------------------------------------------------------------ the model
 
@@ -209,6 +212,22 @@ class AsynchronousStrategy(LiveRanks):
         limit = trainer.fit_loop.max_epochs
         return epoch, limit is not None and limit != -1 and epoch + 1 >= limit
 
+    def _know_where_it_begins(self, trainer: Trainer) -> None:
+        """How far the run is at its start: as the checkpoint says, or nowhere."""
+        before = self._batches.done_before if self._batches is not None else {}
+        known = {epoch: len(done) for epoch, (_, done) in before.items()}
+        is_late = bool(self.client.welcome["started"]) and trainer.ckpt_path is None
+        epoch = 0 if is_late else self._epoch()[0]
+        newest = max([epoch, *known])
+        if newest == epoch and not (trainer.fit_loop.epoch_loop.restarting and "queue" in self._resumed):
+            known.setdefault(epoch, 0)  # or it has been done whole, and the checkpoint says nothing of it
+        self._begins_at = Progress(newest, known)
+
+    @property
+    def _progress(self) -> Progress:
+        """How far all workers together have come, as far as this one has heard."""
+        return self.client.progress or self._begins_at
+
     def _know_the_last_batch(self, trainer: Trainer) -> None:
         """Replace what depends on how many batches this worker will get, which nobody knows."""
         loop = trainer.fit_loop
@@ -226,9 +245,10 @@ class AsynchronousStrategy(LiveRanks):
         if begun is not None and 0 in begun.done:  # not over for having had so many batches, if these were smaller
             loop.max_batches = max(loop.max_batches, loop.epoch_loop.batch_progress.current.ready + 1)
         interval = trainer.val_check_interval
-        if isinstance(interval, float) and trainer.val_check_batch is not None:
-            share = max(1, int(loop.max_batches * interval / self.world_size))
-            trainer.val_check_batch = float("inf") if interval == 1.0 else share
+        if isinstance(interval, float) and interval == 1.0 and trainer.val_check_batch is not None:
+            trainer.val_check_batch = float("inf")  # on the last batch, whichever that is
+        if self._in_loop and self.is_leader:  # loaders that are made anew every so many epochs
+            self._validate_by_progress(trainer, 0)
         limit = trainer.limit_train_batches
         trainer.limit_train_batches = 1.0  # the queue keeps to it
         self._undo.append(lambda: setattr(trainer, "limit_train_batches", limit))
@@ -293,17 +313,25 @@ class AsynchronousStrategy(LiveRanks):
         """From here on nobody waits for anybody."""
         self._in_loop = self._nobody_waits = True
         if self.is_leader:
-            self._check_every_update(trainer)
+            for callback in checkpoints_of(trainer):
+                self._undo.append(save_by_version(callback, self._known_version()))
+            epoch_loop, (epoch, _) = trainer.fit_loop.epoch_loop, self._epoch()
+            num_done = self._progress.num_done(epoch, len(self._batches or ()))
+            # Lightning asks whether a checkpoint was written in a validation that was due: then it goes on behind it.
+            self._validate_by_progress(trainer, num_done - epoch_loop.restarting if num_done else 0)
         else:
             self._quieten(trainer)
 
-    def _check_every_update(self, trainer: Trainer) -> None:
-        """Let checkpoints be due when their step has been passed: the leader does not see every update."""
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, ModelCheckpoint) and callback._every_n_train_steps > 1:
-                every = callback._every_n_train_steps
-                callback._every_n_train_steps = _Every(every, self._known_version() // every)
-                self._undo.append(partial(setattr, callback, "_every_n_train_steps", every))
+    def _validate_by_progress(self, trainer: Trainer, num_done: int) -> None:
+        if self._batches is None:
+            return
+        total = len(self._batches)
+
+        def seen(epoch: int) -> int:
+            mine = sum(1 for number, _ in self._tickets if number == epoch)
+            return min(self._progress.num_done(epoch, total) + mine, total)
+
+        self._undo.append(validate_by_progress(trainer, total, num_done, seen))
 
     def _quieten(self, trainer: Trainer) -> None:
         """What the leader alone does: validate, and what hangs on it."""
@@ -380,6 +408,8 @@ class AsynchronousStrategy(LiveRanks):
             self._undo.pop()()
         self._batches = None
         self._tickets.clear()
+        while self._followed:
+            self._followed.pop().let_go()
         self._resumed = {}
 
     def teardown(self) -> None:
@@ -393,47 +423,32 @@ class AsynchronousStrategy(LiveRanks):
     # ------------------------------------------------------------------ optimizers
 
     def _followed_schedulers(self) -> None:
-        """Let schedulers that count steps count the run's updates, of which this worker makes only some."""
-        for config in self.lr_scheduler_configs:
+        """Let schedulers that count steps count the run's, of which this worker makes only some.
+
+        They come to ``trainer.estimated_stepping_batches``. Where batches are not dealt out each worker makes as many
+        steps as that says; and whoever steps a scheduler by hand knows when.
+        """
+        trainer = self._trainer
+        assert self.lightning_module is not None
+        count: Callable[[], int]
+        if trainer.max_steps >= 0 and trainer.estimated_stepping_batches == trainer.max_steps:
+            count = self._known_version
+        elif self._batches is not None:
+            count = StepCount(
+                lambda: self._progress, lambda: len(self._batches or ()), lambda: trainer.accumulate_grad_batches
+            )
+        else:
+            return
+        for config in self.lr_scheduler_configs if self.lightning_module.automatic_optimization else ():
             if config.interval == "step" and not config.reduce_on_plateau:
-                self._follow(config)
+                self._followed.append(Followed(config, count))
 
-    def _follow(self, config: Any) -> None:
-        scheduler, frequency = config.scheduler, max(int(config.frequency), 1)
-        kind = type(scheduler)
-        made = self._known_version() // frequency
-
-        def step(itself: Any, *args: Any, **kwargs: Any) -> None:
-            nonlocal made
-            due = self._known_version() // frequency
-            for _ in range(due - made):
-                kind.step(itself, *args, **kwargs)
-            made = max(made, due)
-
-        # Not an attribute of the scheduler: it would be saved with its state.
-        scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
-        self._undo.append(lambda: setattr(scheduler, "__class__", kind))
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """A Trainer's callbacks."""
-    found: list[Callback] = trainer.__dict__["callbacks"]  # Lightning does not declare it
-    return found
-
-
-class _Every(int):
-    """A number of steps that ``step % every == 0`` never misses, if steps are passed over."""
-
-    def __new__(cls, every: int, passed: int) -> _Every:
-        self = super().__new__(cls, every)
-        self.passed = passed
-        return self
-
-    passed: int
-
-    def __rmod__(self, step: int) -> int:
-        passed, self.passed = self.passed, step // int(self)
-        return 0 if self.passed > passed else 1
+    def _catch_up(self) -> None:
+        """Let schedulers be where the run is, and not where it was at this worker's last step."""
+        assert self.lightning_module is not None
+        for followed in self._followed:
+            if followed.is_behind:
+                self.lightning_module.lr_scheduler_step(followed.scheduler, None)
 
 
 def parameters_of(optimizers: list[Optimizer]) -> list[tuple[nn.Parameter, int, int]]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._arguments import check_seconds, check_whole
-from ._asynchronous import AsynchronousStrategy, callbacks_of
+from ._asynchronous import AsynchronousStrategy
+from ._due import callbacks_of, checkpoints_of, save_what_is_due
 from .consistency import snapshot as snapshots
 from .consistency.buffers import BufferAverage
 from .consistency.client import RevokedError
@@ -63,6 +64,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         self._log_every = 50
         self._num_members: dict[Optimizer, int] = {}
         self._sent_hyper: list[Hyperparameters] | None = None
+        self._heard_hyper: Sequence[Hyperparameters] | None = None
         self._version = 0
         self._all_have_ended = False
         self._last_report: dict[str, Any] = {}
@@ -187,8 +189,10 @@ class UpdatingStrategy(AsynchronousStrategy):
         for optimizer in self.optimizers:
             self._num_members[optimizer] = sum(len(group["params"]) for group in optimizer.param_groups)
             self._take_over_step(optimizer)
+        self._heard_hyper = [hyperparameters(optimizer) for optimizer in self.optimizers]  # the same on all ranks
         self._num_steps = 0
         self._log_every = max(int(trainer.__dict__.get("log_every_n_steps") or 0), 1)
+        self._know_where_it_begins(trainer)
         self._followed_schedulers()
         self._begin_loop(trainer)
 
@@ -284,10 +288,11 @@ class UpdatingStrategy(AsynchronousStrategy):
         return hyper if changed else None
 
     def _adopt_hyperparameters(self, hyper: Sequence[Hyperparameters] | None) -> None:
-        """Learning rates and the like are the leader's."""
-        if self.is_leader or hyper is None:
+        """Learning rates and the like are the leader's, whatever this worker's own schedulers have set meanwhile."""
+        self._heard_hyper = hyper or self._heard_hyper
+        if self.is_leader or self._heard_hyper is None:
             return
-        for optimizer, groups in zip(self.optimizers, hyper, strict=True):
+        for optimizer, groups in zip(self.optimizers, self._heard_hyper, strict=True):
             for group, values in zip(optimizer.param_groups, groups, strict=True):
                 adopt(group, values)
 
@@ -327,6 +332,7 @@ class UpdatingStrategy(AsynchronousStrategy):
             self._lend_buffers()
             self._snapshot = shot
             self._last_report = shot.report
+            self._catch_up()
         return self._snapshot
 
     def _lend_buffers(self) -> None:
@@ -412,6 +418,10 @@ class UpdatingStrategy(AsynchronousStrategy):
                 self._own_state = self._state_at(self._snapshot)
             self._buffers.keep()
             self._count(self._version + 1)
+            self._catch_up()
+            if self.is_leader:
+                for callback in checkpoints_of(trainer):
+                    save_what_is_due(trainer, callback)
             self._give_steps_back()
         super()._end_loop(trainer)
         self._all_have_ended = True
@@ -455,7 +465,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         if self._buffers is not None:
             self._buffers.take_back()
         self._buffers = self._snapshot = None
-        self._sent_hyper = None
+        self._sent_hyper = self._heard_hyper = None
         self._warned.clear()
         self._num_members.clear()
         if self.is_leader and (self._all_have_ended or self.world_size == 1):

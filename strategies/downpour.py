@@ -52,8 +52,12 @@ class DownpourStrategy(UpdatingStrategy):
     the run ends, and another rank writes all that was learned to ``rank0-lost-step=….ckpt`` first.
 
     ``max_epochs`` counts passes over the data by all workers together, ``max_steps`` and ``trainer.global_step``
-    updates by all of them. Learning rates follow the leader's schedulers, which count updates. Hooks of an optimizer's
-    step are called by the worker that makes it, around its push.
+    updates by all of them. Hooks of an optimizer's step are called by the worker that makes it, around its push.
+
+    Learning rates follow the leader's schedulers. One that counts steps counts those that one device would have made
+    of the batches done so far, so it comes to ``trainer.estimated_stepping_batches``; where ``max_steps`` ends the run,
+    updates. (With data that the queue can't deal out, the leader's own steps.) One that ``training_step`` steps by hand
+    counts those calls on rank 0. ``val_check_interval`` counts batches by all of them.
 
     Args:
         push_every: Steps whose gradients are summed before they are pushed (``n_push``).
@@ -339,10 +343,10 @@ class DownpourStrategy(UpdatingStrategy):
             self._push(self._accrued.take() if self.push_every > 1 else gradients, fetch)
         elif fetch:
             self._rejoining(self.replica.fetch)
-        if not fetch:
-            self.replica.step_locally(gradients, self._rates(), self._accrued if adds_later else None)
         self._adopt_hyperparameters(self.replica.hyper)
         self.replica.hyper = None
+        if not fetch:
+            self.replica.step_locally(gradients, self._rates(), self._accrued if adds_later else None)
         self._count(self._version)
 
     def _gradients_of(self, optimizer: Optimizer) -> list[Tensor | None]:

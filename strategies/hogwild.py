@@ -50,8 +50,13 @@ class HogwildStrategy(UpdatingStrategy):
 
     ``max_epochs`` counts passes over the data by all ranks together, ``max_steps`` and ``trainer.global_step``
     updates by all of them. An update is counted right before it is made: what is lost with a killed rank is at most
-    the one that it was making. Learning rates follow the leader's schedulers, which count updates. Running statistics
-    (BatchNorm) are each rank's own; validation and checkpoints have their average.
+    the one that it was making. Running statistics (BatchNorm) are each rank's own; validation and checkpoints have
+    their average.
+
+    Learning rates follow the leader's schedulers. One that counts steps counts those that one device would have made
+    of the batches done so far, so it comes to ``trainer.estimated_stepping_batches``; where ``max_steps`` ends the run,
+    updates. (With data that the queue can't deal out, the leader's own steps.) One that ``training_step`` steps by hand
+    counts those calls on rank 0. ``val_check_interval`` counts batches by all of them.
 
     After ``fit`` the parameters, the same objects, are ordinary private tensors with the final weights, equal on all
     ranks, and so is the optimizers' state.
@@ -272,9 +277,9 @@ class HogwildStrategy(UpdatingStrategy):
 
     def _learn(self, reply: dict[str, Any]) -> None:
         hyper: list[Hyperparameters] | None = reply.get("hyper")
-        if hyper is not None and reply["hyper_version"] != self._hyper_version:
+        if hyper is not None:
             self._hyper_version = int(reply["hyper_version"])
-            self._adopt_hyperparameters(hyper)
+        self._adopt_hyperparameters(hyper)
 
     def _apply(self, in_place: InPlace, members: list[tuple[int, nn.Parameter]], step: Callable[[], Any]) -> None:
         if in_place.attach(members):

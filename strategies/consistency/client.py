@@ -11,6 +11,7 @@ from typing import Any
 from .hosting import keep_private
 from .jobs import Address
 from .mailbox import HostLostError
+from .progress import Progress
 from .values import decode, encode
 from .wire import Blocking, Header, connect
 
@@ -49,6 +50,7 @@ class Client:
         self.rank = rank
         self.run = run
         self.done = 0  # the last of this worker's pushes that all shards have applied
+        self.progress: Progress | None = None  # the latest that was heard of
         self.generation = 0
         self.welcome: Header = {}
         self._heartbeat = heartbeat
@@ -120,6 +122,8 @@ class Client:
             raise RevokedError("this worker was silent for longer than its lease")
         if reply.get("moved"):
             raise HostLostError("shards are somewhere else by now")
+        if "progress" in reply:
+            self.progress = Progress.read(reply["progress"])
         return reply, payload
 
     def call(self, header: Header, payload: bytes = b"") -> tuple[Header, bytearray]:

@@ -466,7 +466,10 @@ class Coordinator:
         self.commands.issue(command, worker, {"done": worker.sequence, "version": self.version})
         if 0 <= self.options.max_steps <= self.version:
             self._stop("max_steps")
-        reply = {"version": self.version, "staleness": staleness, "sequence": worker.sequence}
+        reply = {
+            "version": self.version, "staleness": staleness, "sequence": worker.sequence,
+            "progress": self.queue.progress(),
+        }  # fmt: skip
         if header.get("hyper_version") != self._hyper_version:
             reply |= {"hyper": self._hyper, "hyper_version": self._hyper_version}
         return self._answer(worker, header, reply)
@@ -593,6 +596,7 @@ class Coordinator:
             "num_joined": self.num_joined,
             "num_samples": self.queue.num_samples,
             "num_reissued": self.queue.num_reissued,
+            "progress": self.queue.progress(),
             "staleness": sorted(self.statistics.counts.items()),
             "stopped": self.stopped,
             "leader_lost": self.leader_lost,

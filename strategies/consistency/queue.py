@@ -178,6 +178,15 @@ class WorkQueue:
         pending = self._epochs[epoch]
         return pending.num_samples, pending.total
 
+    def progress(self) -> tuple[int, list[tuple[int, int]]]:
+        """The newest epoch, -1 before any, and of each that is not covered whole how many batches are done."""
+        open_epochs = [
+            (number, pending.num_done)
+            for number, pending in self._epochs.items()
+            if pending.num_done < pending.num_batches
+        ]
+        return max(self._epochs, default=-1), open_epochs
+
     def state(self) -> dict[int, Order]:
         """What a later run needs to go on: the orders of epochs that are not covered whole, as they are now."""
         return {
