@@ -22,7 +22,7 @@ from ._due import Followed, StepCount, callbacks_of, checkpoints_of, save_by_ver
 from ._leases import LeasedBatches, LeaseFetcher, can_be_leased, lease, leased_batches, split
 from ._live_ranks import LiveRanks
 from .consistency.client import LeaderLostError
-from .consistency.coordinator import LEADER
+from .consistency.coordinator import LEADER, VALIDATION
 from .consistency.hosting import tidy
 from .consistency.jobs import give_port_back
 from .consistency.optimizers import adopt, hyperparameters
@@ -52,6 +52,7 @@ class AsynchronousStrategy(LiveRanks):
         self._num_training_loaders = 1
         self._resumed: dict[str, Any] = {}
         self._begins_at = Progress()
+        self._num_validations = 0  # of which this worker has heard
         self._followed: list[Followed] = []
 
     # ------------------------------------------------------------------ the model
@@ -278,6 +279,10 @@ class AsynchronousStrategy(LiveRanks):
         trainer = self._trainer
         if reply.get("leader_lost"):
             self._end_without_leader(trainer, int(reply["successor"]))
+        if not self.is_leader and reply.get("validations", 0) > self._num_validations:
+            self._num_validations = int(reply["validations"])
+            said = self._insisting(lambda: self.client.share(VALIDATION, None, write=False)).get(LEADER, {})
+            trainer._logger_connector._callback_metrics.update(said)
         if reply.get("stopped"):
             trainer.should_stop = True
             if not self.is_leader:
@@ -339,11 +344,13 @@ class AsynchronousStrategy(LiveRanks):
         bounds = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
         trainer.limit_val_batches = 0
         trainer.__dict__["callbacks"] = [c for c in callbacks if not isinstance(c, (Checkpoint, EarlyStopping))]
-        for config in self.lr_scheduler_configs:
-            if config.reduce_on_plateau:
-                config.strict = False  # its metric is the leader's, and so is the learning rate
+        plateaus = [(config, config.interval) for config in self.lr_scheduler_configs if config.reduce_on_plateau]
+        for config, _ in plateaus:
+            config.interval = "never"  # the learning rate is the leader's
 
         def restore() -> None:
+            for config, interval in plateaus:
+                config.interval = interval
             trainer.limit_val_batches = limit
             trainer.__dict__["callbacks"] = callbacks
             trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = bounds
@@ -410,6 +417,7 @@ class AsynchronousStrategy(LiveRanks):
         self._tickets.clear()
         while self._followed:
             self._followed.pop().let_go()
+        self._num_validations = 0
         self._resumed = {}
 
     def teardown(self) -> None:

@@ -25,6 +25,7 @@ from ._due import callbacks_of, checkpoints_of, save_what_is_due
 from .consistency import snapshot as snapshots
 from .consistency.buffers import BufferAverage
 from .consistency.client import RevokedError
+from .consistency.coordinator import VALIDATION
 from .consistency.events import to_pairs, unpack
 from .consistency.hosting import rest
 from .consistency.mailbox import HostLostError
@@ -134,7 +135,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         """Wait for the end of the run, and compute with its final weights.
 
         Args:
-            stop: The run ends when the leader's does: the queue has nothing left.
+            stop: The run ends when the leader's does: the queue has nothing left, or the leader was told to stop.
 
         Returns:
             None, or the rank that takes over if the leader was lost.
@@ -231,6 +232,8 @@ class UpdatingStrategy(AsynchronousStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Compute with the present weights; while a snapshot was looked at, the others went on."""
         super().on_train_batch_start(batch, batch_idx)
+        if self._batches is None and not self.is_leader:  # or the queue would say how the run is going
+            self._heard(self._call({"op": "gate"})[0])
         assert self._buffers is not None
         if self._snapshot is not None:
             self._keep_edits()
@@ -352,6 +355,12 @@ class UpdatingStrategy(AsynchronousStrategy):
             self._take_snapshot(with_state=saves or self.num_nodes > 1)  # or a host may be lost, and its shards
             self._log_histogram()
 
+    def on_validation_end(self) -> None:
+        """Let the others have what validation said, which is the leader's alone."""
+        if self._in_loop and self.world_size > 1:
+            metrics = self._trainer._logger_connector.metrics["callback"]
+            self._insisting(lambda: self.client.share(VALIDATION, dict(metrics)))
+
     def _log_histogram(self) -> None:
         values = self.staleness.values()
         for logger in self._trainer.loggers:
@@ -410,7 +419,8 @@ class UpdatingStrategy(AsynchronousStrategy):
             if self._snapshot is not None:
                 self._snapshot = None
                 self._rejoining(self._leave_snapshot)
-            successor = self._insisting(lambda: self._leave(stop=self._batches is not None))
+            stop = self._batches is not None or trainer.should_stop
+            successor = self._insisting(lambda: self._leave(stop))
             if successor is not None:
                 self._end_without_leader(trainer, successor)
             self._keep_the_end()

@@ -25,6 +25,8 @@ from .staleness import StalenessStatistics
 from .wire import Header
 from .worker import LEADER, Peer, Worker
 
+VALIDATION = "validation"  # what the leader's last one said: its place on the board
+
 Send = Callable[[Peer, Header, bytes], None]
 
 
@@ -92,6 +94,7 @@ class Coordinator:
         self._parked: list[_Parked] = []
         self._meetings = Meetings(self._answer)
         self._board = Board()
+        self._num_validations = 0
         self._replay = Replay(options.schedule, lambda worker: self.queue.revoke(worker.key))
         self._gathered: dict[str, set[int]] = {}
         self._claimed: Worker | None = None
@@ -278,6 +281,7 @@ class Coordinator:
         if not self._comes_to("share", worker):
             return False
         alive = {other.rank for other in self.live}
+        self._num_validations += worker.rank == LEADER and header["key"] == VALIDATION
         return self._answer(worker, header, *self._board.share(worker, header, payload, alive))
 
     def _on_gather(self, worker: Worker, header: Header, payload: bytes) -> bool:
@@ -353,7 +357,8 @@ class Coordinator:
                 worker.clock = max(worker.clock, self._slowest_clock(but=worker))
             worker.epoch = max(worker.epoch, ticket[0])
             self._replay.happened("lease", worker)
-            return self._answer(worker, header, {"ticket": ticket}, self.queue.samples(ticket).tobytes())
+            reply = {"ticket": ticket, "validations": self._num_validations}
+            return self._answer(worker, header, reply, self.queue.samples(ticket).tobytes())
         # What others still hold may come back. Somebody has to stay for it: the leader, whose run ends last.
         last = bool(header.get("last"))
         if last and worker.rank == LEADER and not self.queue.is_covered(epoch, but=worker.key):
@@ -388,11 +393,16 @@ class Coordinator:
         return min(clocks, default=0)
 
     def _over(self, worker: Worker, header: Header) -> bool:
-        if self.leader_lost:
-            return self._answer(worker, header, {"end": True, "leader_lost": True, "successor": self._successor()})
-        if self.stopped:
-            return self._answer(worker, header, {"end": True, "stopped": self.stopped, "version": self.version})
+        if self.leader_lost or self.stopped:
+            return self._answer(worker, header, {"end": True, **self._state()})
         return False
+
+    def _state(self) -> Header:
+        """How the run is going, for those who are in the loop."""
+        state: Header = {"version": self.version, "validations": self._num_validations}
+        if self.leader_lost:
+            return state | {"leader_lost": True, "successor": self._successor()}
+        return state | ({"stopped": self.stopped} if self.stopped else {})
 
     def _waits_for_the_warm_start(self, worker: Worker) -> bool:
         """Whether a worker is not to begin yet: the leader makes the first updates alone, as long as it makes any."""
@@ -410,7 +420,7 @@ class Coordinator:
             waits = self.version >= self.options.warm_start_steps or worker.rank != LEADER
             if waits and worker.clock - min(clocks, default=worker.clock) > bound:
                 return False
-        return self._answer(worker, header, {"version": self.version})
+        return self._answer(worker, header, self._state())
 
     def _on_await(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """Wait for a version; for scripted interleavings."""

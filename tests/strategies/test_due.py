@@ -19,7 +19,7 @@ import squall
 from squall._due import StepCount
 from squall.consistency.progress import Progress
 from tests.ranks import run
-from tests.strategies.hogwild_programs import trainer
+from tests.strategies.hogwild_programs import Hook, kill_me, run_alone, trainer
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.asynchronous]
 
@@ -144,21 +144,26 @@ def test_a_schedule_that_is_stepped_by_hand_is_rank_0s(strategy: str) -> None:
 
 
 class Looks(Callback):
-    """Notes after which batch each validation was."""
+    """Notes after which batch each validation was, and what of it this rank knew at each of its batches."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []
+        self.known: list[float | None] = []
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self.seen.append((trainer.current_epoch, trainer.fit_loop.batch_idx))
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        loss = trainer.callback_metrics.get("val_loss")
+        self.known.append(None if loss is None else float(loss))
 
 
 def _validate(strategy: str, *callbacks: Callback, resume: str | None = None, **options: Any) -> Any:
     looks = Looks()
     fitter = trainer(".", strategy, callbacks=[looks, *callbacks], enable_checkpointing=bool(callbacks), **options)
     fitter.fit(Line(), batches(24), batches(2), ckpt_path=resume)
-    return looks.seen, None
+    return looks.seen, looks.known
 
 
 @pytest.mark.parametrize("every_n_epoch", [1, 2, None])
@@ -183,13 +188,16 @@ def test_a_slow_leader_validates_in_every_epoch(interval: float) -> None:
     assert others == []
 
 
-def test_batches_of_all_ranks_count_for_validation() -> None:
+def test_batches_of_all_ranks_count_for_validation_and_all_hear_of_it() -> None:
     lockstep = squall.EventInjector()
     for step in range(12):
         lockstep.barrier_at([0, 1], step)
-    (seen, _), (others, _) = run(2, _validate, "hogwild", lockstep, val_check_interval=6, lightning=True)
+    (seen, _), (others, known) = run(2, _validate, "hogwild", lockstep, val_check_interval=6, lightning=True)
     assert len(seen) == 4
     assert others == []
+    assert known[0] is None, "as on one device, before the first"
+    assert known[-1] is not None
+    assert known[-1] < 0
 
 
 def _resumed(path: str) -> Any:
@@ -252,3 +260,33 @@ def test_a_step_that_others_make_last_is_saved(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "step=24.ckpt", weights_only=True)
     assert saved["global_step"] == 24
     assert torch.equal(saved["state_dict"]["weight"], torch.full((3,), -24 * 0.5))
+
+
+class Stops(Callback):
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_rank == 0 and trainer.fit_loop.batch_idx == 5:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("strategy", ["downpour", "hogwild"])
+def test_who_has_endless_data_stops_when_rank_0_does(strategy: str) -> None:
+    steps = run(2, _endless, strategy, lightning=True, timeout=40)
+    assert steps[0] == steps[1] >= 6
+
+
+def _endless(strategy: str) -> int:
+    fitter = trainer(".", strategy, callbacks=[Stops()])
+    fitter.fit(Line(), DataLoader(Endless(None), batch_size=1))
+    return fitter.global_step
+
+
+def _endless_without_leader(path: str) -> None:
+    callbacks = [Hook(kill_me, 5)] if os.environ["RANK"] == "0" else []
+    trainer(path, "downpour", callbacks=callbacks).fit(Line(), DataLoader(Endless(None), batch_size=1))
+
+
+def test_who_has_endless_data_hears_that_rank_0_is_lost(tmp_path: Path) -> None:
+    _, (kind, message) = run_alone(2, _endless_without_leader, tmp_path, timeout=60)
+    assert kind == "error"
+    assert "Rank 0 is gone" in message
+    assert list(tmp_path.glob("rank0-lost-step=*.ckpt"))
