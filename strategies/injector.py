@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,6 +36,7 @@ class EventInjector(Callback):
         self._barriers: dict[int, list[list[int]]] = {}
         self._delays: dict[tuple[int, int], int] = {}
         self._failures: set[tuple[int, int]] = set()
+        self._ranks: set[int] = set()
         self._script: list[str] = []
         self._step = 0
 
@@ -50,6 +52,7 @@ class EventInjector(Callback):
 
         """
         self._failures.add((_whole("rank", rank), _whole("step", step)))
+        self._ranks.add(rank)
         self._script.append(f"fail_at({rank}, {step})")
         return self
 
@@ -63,6 +66,7 @@ class EventInjector(Callback):
 
         """
         self._delays[_whole("rank", rank), _whole("step", step)] = _whole("until_version", until_version)
+        self._ranks.add(rank)
         self._script.append(f"delay_at({rank}, {step}, until_version={until_version})")
         return self
 
@@ -76,19 +80,31 @@ class EventInjector(Callback):
         """
         chosen = sorted({_whole("rank", rank) for rank in ranks})
         self._barriers.setdefault(_whole("step", step), []).append(chosen)
+        self._ranks.update(chosen)
         self._script.append(f"barrier_at({chosen}, {step})")
         return self
 
     # ------------------------------------------------------------------ carried out
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a script that this run can't follow."""
+        if stage != "fit":
+            return
         if not isinstance(trainer.strategy, AsynchronousStrategy):
             name = type(trainer.strategy).__name__
             raise MisconfigurationException(
                 f"EventInjector scripts asynchronous runs, and this one's strategy is {name}."
                 ' Use Trainer(strategy="downpour"), or take the callback out.'
             )
+        last, num_here = max(self._ranks, default=0), trainer.world_size
+        if last >= num_here:
+            raise MisconfigurationException(
+                f"EventInjector has events of rank {last}, but the ranks of this run are 0 to {num_here - 1}: {self}."
+                f" Give the Trainer {last + 1} devices in all, or take them out."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here."""
         self._step = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,6 +123,15 @@ class EventInjector(Callback):
         """Wait before the next batch is asked for."""
         self._step += 1
         self._wait(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which failures have not come, since a run that was not put to the test looks like one that passed it."""
+        rank = trainer.global_rank
+        missed = sorted(step for failing, step in self._failures if failing == rank and step >= self._step)
+        if missed:
+            warnings.warn(
+                f"fail_at({rank}, {missed[0]}) did not happen: rank {rank} had only {self._step} batches.", stacklevel=2
+            )
 
     def _wait(self, trainer: Trainer) -> None:
         strategy, rank = trainer.strategy, trainer.global_rank

@@ -368,3 +368,27 @@ def test_what_validation_leads_to_is_repeated() -> None:
     assert torch.equal(again[0], first[0])
     assert torch.equal(again[1], first[1])
     assert again[2] == first[2]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        squall.EventInjector().fail_at(5, 1),
+        squall.EventInjector().delay_at(5, 0, until_version=1),
+        squall.EventInjector().barrier_at([0, 5], 1),
+    ],
+    ids=str,
+)
+def test_a_script_of_ranks_that_are_not_there_is_refused(script: Callback) -> None:
+    with pytest.raises(MisconfigurationException, match=r"events of rank 5, but .* are 0 to 0: .*Give the Trainer 6 d"):
+        fit(Constant(), "downpour", devices=1, callbacks=[script])
+
+
+def test_a_script_is_of_asynchronous_runs() -> None:
+    with pytest.raises(MisconfigurationException, match='Use Trainer\\(strategy="downpour"\\)'):
+        fit(Constant(), "auto", devices=1, callbacks=[squall.EventInjector()])
+
+
+def test_a_failure_that_does_not_come_is_spoken_of() -> None:
+    with pytest.warns(UserWarning, match=r"fail_at\(0, 24\) did not happen: rank 0 had only 24 batches"):
+        fit(Constant(), "downpour", devices=1, callbacks=[squall.EventInjector().fail_at(0, 24)])
