@@ -221,7 +221,7 @@ class Coordinator:
         """Look again at everything that waits, until nothing moves."""
         moved = True
         while moved:
-            moved = False
+            moved, position = False, self._replay.position
             for parked in list(self._parked):
                 if parked not in self._parked:
                     continue
@@ -230,7 +230,8 @@ class Coordinator:
                     if parked in self._parked:
                         self._parked.remove(parked)
                     moved = True
-            moved = self._meetings.end(self._are_all) or moved
+            # Who still waits may have done what a schedule has next, and so it is another's turn.
+            moved = self._meetings.end(self._are_all) or moved or self._replay.position != position
 
     def _hello(self, peer: Peer, header: Header, now: float) -> None:
         rank = int(header["rank"])

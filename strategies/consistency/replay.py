@@ -28,19 +28,19 @@ class Replay:
         self._schedule = schedule
         self._free = _OPTIONAL - {from_code(code)[0] for code in set(schedule or ())}
         self._revoke = revoke
-        self._position = 0
+        self.position = 0
         self._losses: list[Worker] = []  # lost workers whose samples nobody has had yet
         self._moved_at, self._last_seen = 0.0, -1  # when the position was new, as far as it was looked at
 
     def happened(self, kind: str, worker: Worker) -> None:
         """Note an event."""
         self.log.append(to_code(kind, worker.rank))
-        self._position += kind not in self._free
+        self.position += kind not in self._free
 
     @property
     def goes_on(self) -> bool:
         """Whether there is something left to repeat."""
-        return self._position < len(self._schedule or ())
+        return self.position < len(self._schedule or ())
 
     def is_turn(self, kind: str, worker: Worker, workers: Mapping[int, Worker]) -> bool:
         """Whether the schedule has come to this event; without a schedule it always has.
@@ -53,14 +53,14 @@ class Replay:
         """
         if self._schedule is None or kind in self._free:
             return True
-        while self._position < len(self._schedule):
-            wanted_kind, wanted_rank = from_code(self._schedule[self._position])
+        while self.position < len(self._schedule):
+            wanted_kind, wanted_rank = from_code(self._schedule[self.position])
             wanted = workers.get(wanted_rank)
             if wanted_kind == "lost" and any(worker is wanted for worker in self._losses):
                 self.take_losses_down()
                 continue
             if _is_gone(wanted):
-                self._position += 1
+                self.position += 1
                 continue
             return wanted_kind == kind and wanted_rank == worker.rank
         self.take_losses_down()
@@ -81,15 +81,15 @@ class Replay:
         """
         if self._schedule is None or not self.goes_on or not waiting:
             return ""
-        kind, rank = from_code(self._schedule[self._position])
+        kind, rank = from_code(self._schedule[self.position])
         works = any(w.alive and not w.finished and w.rank not in waiting for w in workers.values())
-        if works or self._position != self._last_seen or _is_gone(workers.get(rank)):
-            self._moved_at, self._last_seen = now, self._position
+        if works or self.position != self._last_seen or _is_gone(workers.get(rank)):
+            self._moved_at, self._last_seen = now, self.position
         if now - self._moved_at <= patience:
             return ""
         does = f"asks for {waiting[rank]!r}" if rank in waiting else "is not there"
         return (
-            f"schedule: event {self._position} is {kind!r} of rank {rank}, but rank {rank} {does}, so this run is not"
+            f"schedule: event {self.position} is {kind!r} of rank {rank}, but rank {rank} {does}, so this run is not"
             " the one that was recorded. Give it the same data, arguments, number of ranks and faults, or leave"
             " schedule=None."
         )
@@ -108,14 +108,14 @@ class Replay:
         """
         for worker in list(self._losses):
             code = to_code("lost", worker.rank)
-            rest = (self._schedule or array("I"))[self._position :]
+            rest = (self._schedule or array("I"))[self.position :]
             now = rest[:1] == array("I", [code])
             if code in rest and not now and not at_once:
                 continue
             self._losses.remove(worker)
             self._revoke(worker)
             self.log.append(code)
-            self._position += now
+            self.position += now
             # Where the schedule has more of this rank, it was started again.
             worker.comes_back = now and any(from_code(later)[1] == worker.rank for later in set(rest[1:]))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from squall.consistency.client import Client
@@ -91,6 +91,7 @@ def race(order: list[int], stops_after: int, max_steps: int, schedule: Any = Non
 RACES = st.lists(st.integers(0, 2), max_size=60)
 
 
+@example(first=[0, *[1] * 3, *[2] * 6, *[1] * 3, 2, 1, 2, 0, 0, 0, 2, 2], second=[], stops_after=1, max_steps=5)
 @given(first=RACES, second=RACES, stops_after=st.integers(1, 20), max_steps=st.sampled_from([-1, 5]))
 @settings(max_examples=80, deadline=None)
 def test_a_schedule_repeats_all_that_could_be_seen(
