@@ -216,7 +216,7 @@ class AsynchronousStrategy(LiveRanks):
     def _know_where_it_begins(self, trainer: Trainer) -> None:
         """How far the run is at its start: as the checkpoint says, or nowhere."""
         before = self._batches.done_before if self._batches is not None else {}
-        known = {epoch: len(done) for epoch, (_, done) in before.items()}
+        known = {epoch: sum(order.done) for epoch, order in before.items()}
         is_late = bool(self.client.welcome["started"]) and trainer.ckpt_path is None
         epoch = 0 if is_late else self._epoch()[0]
         newest = max([epoch, *known])

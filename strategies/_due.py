@@ -110,13 +110,15 @@ def validate_by_progress(
             return (epoch * num_batches + num_done) // every
         return epoch * (num_batches // every) + num_done // every
 
+    progress: Any = loop.epoch_progress
+
     def reached(_: int) -> tuple[int, int]:
-        epoch = loop.epoch_progress.current.processed
+        epoch = progress.current.processed
         done = num_batches if loop.epoch_loop.batch_progress.is_last_batch else seen(epoch)
         before = 0 if trainer.check_val_every_n_epoch is None else multiples(epoch, 0)  # not of epochs without any
         return before, multiples(epoch, done)
 
-    trainer.val_check_batch = Every(every, multiples(loop.epoch_progress.current.processed, num_done), reached)
+    trainer.val_check_batch = Every(every, multiples(progress.current.processed, num_done), reached)
 
     def undo() -> None:
         trainer.val_check_batch = interval

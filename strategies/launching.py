@@ -186,7 +186,7 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
         if _run is not None:
             _run.gang.is_waited_for = True
 
-    def kill(self, signum: signal.Signals) -> None:
+    def kill(self, signum: int | signal.Signals) -> None:
         """Hand a signal on to the other ranks.
 
         One that asks this process to end is not handed on where they end by themselves: they notice that it is gone.

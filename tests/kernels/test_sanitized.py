@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["ans", "local_response_norm", "max_pool", "sparse_conv", "sparse_linear"]
+TESTS = [
+    "add_and_step", "ans", "block_codes", "local_response_norm", "max_pool", "shard_update", "sparse_conv",
+    "sparse_linear", "top_k",
+]  # fmt: skip
 FLAGS = (
     "-O1 -g -std=gnu11 -shared -fPIC -pthread -fno-math-errno -fno-trapping-math -Wno-psabi"
     " -fsanitize=address,undefined -fno-sanitize-recover=all"
