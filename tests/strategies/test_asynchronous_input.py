@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 import squall
+from squall.consistency.order import Order
 from tests.ranks import run
 
 from .test_downpour import LR, Constant, fit, rows, trainer
@@ -212,7 +213,8 @@ def _begun(path: str, strategy: str, limit: Any) -> list[int]:
     if int(os.environ["RANK"]) > 0:
         return []
     state = torch.load(_first(path), weights_only=True)["squall_asynchronous"]["queue"]["0"]
-    return [index for position in state["done"] for index in state["batches"][position]]
+    order = Order.from_state(state)
+    return [index for position, done in enumerate(order.done) if done for index in order.batch(position)]
 
 
 def _continued(path: str, strategy: str, batch_size: int, limit: Any, num: int) -> Any:
