@@ -180,7 +180,7 @@ class LiveRanks(DDPStrategy):
 
         Values are of a line. What is broadcast is of a function: its source may well call it on another line.
         """
-        place = f"{kind} {_call_site(8, with_lines=kind != 'broadcast')}"
+        place = f"{kind} {_call_site(with_lines=kind != 'broadcast')}"
         number = self._num_shares[place] = self._num_shares.get(place, -1) + 1
         parts: dict[int, Any] = self._insisting(lambda: self.client.share(f"{place} {number}", value, write))
         return parts
@@ -339,14 +339,18 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _call_site(depth: int, with_lines: bool) -> str:
+_DEPTH = 7  # of callers: an epoch's end and a step reduce in the same lines of Lightning's
+
+
+def _call_site(with_lines: bool) -> str:
     """Where in the program a collective was called, the same on every rank."""
     frame = sys._getframe(2)
     places: list[str] = []
-    while frame is not None and len(places) < depth:
+    while frame is not None and len(places) < _DEPTH:
         name = os.path.basename(frame.f_code.co_filename)
         if name == "launching.py":  # from here on the ranks' ways differ
             break
-        places.append(f"{name}:{frame.f_lineno if with_lines else frame.f_code.co_name}")
+        if name != os.path.basename(__file__):
+            places.append(f"{name}:{frame.f_lineno if with_lines else frame.f_code.co_name}")
         frame = frame.f_back  # type: ignore[assignment]
     return "<".join(places)

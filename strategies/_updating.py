@@ -425,7 +425,9 @@ class UpdatingStrategy(AsynchronousStrategy):
                 self._end_without_leader(trainer, successor)
             self._keep_the_end()
             if self._snapshot is not None:
-                self._own_state = self._state_at(self._snapshot)
+                own = self._state_at(self._snapshot)
+                whole = not any(value for name, value in own.items() if name != "version")
+                self._own_state = {} if whole else own  # nothing is left to train on, and nothing is owed
             self._buffers.keep()
             self._count(self._version + 1)
             self._catch_up()
