@@ -383,6 +383,7 @@ class RealRun:
             assert self.replica.land()
 
     def end(self) -> None:
+        self.replica.close()
         self.client.close()
         self.process.request({"op": "end"})
 
