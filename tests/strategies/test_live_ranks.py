@@ -126,4 +126,4 @@ def _warm_up(name: str) -> float:
 def test_a_warm_start_is_waited_for_where_nothing_is_dealt_out(name: str) -> None:
     leader, other = run(2, _warm_up, name, lightning=True, timeout=60)
     assert leader == 0
-    assert other >= 8
+    assert other >= (8 if name == "DownpourStrategy" else 7), "Hogwild counts an update, and makes it then"
