@@ -155,17 +155,21 @@ def _fit_with_checkpoint(path: str, epochs: int, strategy: Any = "hogwild", resu
 def test_a_checkpoint_of_one_rank_is_stocks(tmp_path: Path) -> None:
     (tmp_path / "stock").mkdir()
     run(1, _fit_with_checkpoint, str(tmp_path / "ours"), 2, lightning=True)
-    _fit_with_checkpoint(str(tmp_path / "stock"), 2, "auto")
+    run(
+        1, _fit_with_checkpoint, str(tmp_path / "stock"), 2, "auto", lightning=True
+    )  # in such a process too
     for name in ("epoch=0.ckpt", "epoch=1.ckpt"):
         ours, stock = (torch.load(tmp_path / who / name, weights_only=False) for who in ("ours", "stock"))
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
             _same(ours[key], stock[key], key)
     # Each goes on from the other's file as if it were its own.
-    whole = _fit_with_checkpoint(str(tmp_path / "whole"), 3, "auto")
+    (whole,) = run(1, _fit_with_checkpoint, str(tmp_path / "whole"), 3, "auto", lightning=True)
     (ours,) = run(
         1, _fit_with_checkpoint, str(tmp_path / "a"), 3, "hogwild", str(tmp_path / "stock/epoch=1.ckpt"), lightning=True
     )
-    stock = _fit_with_checkpoint(str(tmp_path / "b"), 3, "auto", str(tmp_path / "ours/epoch=1.ckpt"))
+    (stock,) = run(
+        1, _fit_with_checkpoint, str(tmp_path / "b"), 3, "auto", str(tmp_path / "ours/epoch=1.ckpt"), lightning=True
+    )
     for end in (ours, stock):
         for key in ("weights", "optimizers", "steps", "val_loss"):
             _same(end[key], whole[key], key)
@@ -240,7 +244,7 @@ def _fit_edits(path: str, strategy: str, num_ranks: int = 1) -> Any:
 
 
 def test_edits_of_the_weights_are_the_runs(tmp_path: Path) -> None:
-    stock = _fit_edits(str(tmp_path), "auto")
+    (stock,) = run(1, _fit_edits, str(tmp_path), "auto", lightning=True)
     (ours,) = run(1, _fit_edits, str(tmp_path), "hogwild", lightning=True)
     _same(ours["weights"], stock["weights"])
     one, other = run(2, _fit_edits, str(tmp_path), "hogwild", 2, lightning=True)
