@@ -155,9 +155,7 @@ def _fit_with_checkpoint(path: str, epochs: int, strategy: Any = "hogwild", resu
 def test_a_checkpoint_of_one_rank_is_stocks(tmp_path: Path) -> None:
     (tmp_path / "stock").mkdir()
     run(1, _fit_with_checkpoint, str(tmp_path / "ours"), 2, lightning=True)
-    run(
-        1, _fit_with_checkpoint, str(tmp_path / "stock"), 2, "auto", lightning=True
-    )  # in such a process too
+    run(1, _fit_with_checkpoint, str(tmp_path / "stock"), 2, "auto", lightning=True)  # in such a process too
     for name in ("epoch=0.ckpt", "epoch=1.ckpt"):
         ours, stock = (torch.load(tmp_path / who / name, weights_only=False) for who in ("ours", "stock"))
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
