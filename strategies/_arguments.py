@@ -8,10 +8,11 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number, or too small a one."""
+def check_whole(name: str, value: Any, least: int) -> int:
+    """Return a whole number; refuse what is none, or too small a one."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise MisconfigurationException(f"{name}={value!r} must be a whole number, {least} or more.")
+    return value
 
 
 def check_seconds(name: str, value: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from ._arguments import check_whole
 from ._asynchronous import AsynchronousStrategy
 
 
@@ -51,7 +52,7 @@ class EventInjector(Callback):
             step: Number of its own batches before.
 
         """
-        self._failures.add((_whole("rank", rank), _whole("step", step)))
+        self._failures.add((check_whole("rank", rank, 0), check_whole("step", step, 0)))
         self._ranks.add(rank)
         self._script.append(f"fail_at({rank}, {step})")
         return self
@@ -65,7 +66,8 @@ class EventInjector(Callback):
             until_version: Number of updates, by all ranks.
 
         """
-        self._delays[_whole("rank", rank), _whole("step", step)] = _whole("until_version", until_version)
+        place = check_whole("rank", rank, 0), check_whole("step", step, 0)
+        self._delays[place] = check_whole("until_version", until_version, 0)
         self._ranks.add(rank)
         self._script.append(f"delay_at({rank}, {step}, until_version={until_version})")
         return self
@@ -78,8 +80,8 @@ class EventInjector(Callback):
             step: Number of each one's own batches before.
 
         """
-        chosen = sorted({_whole("rank", rank) for rank in ranks})
-        self._barriers.setdefault(_whole("step", step), []).append(chosen)
+        chosen = sorted({check_whole("rank", rank, 0) for rank in ranks})
+        self._barriers.setdefault(check_whole("step", step, 0), []).append(chosen)
         self._ranks.update(chosen)
         self._script.append(f"barrier_at({chosen}, {step})")
         return self
@@ -141,9 +143,3 @@ class EventInjector(Callback):
                 strategy.wait_for_ranks(f"{self._step}.{number}", ranks)
         if (rank, self._step) in self._delays:
             strategy.wait_for_version(self._delays[rank, self._step])
-
-
-def _whole(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise MisconfigurationException(f"{name}={value!r} must be a whole number, 0 or more.")
-    return value
