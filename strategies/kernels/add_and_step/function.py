@@ -48,25 +48,15 @@ def add_and_step(
                 f"{name} must be as gradient is, {tuple(gradient.shape)} {gradient.dtype} on {gradient.device}; got "
                 f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
-    if copy is not None and (
-        (copy.shape, copy.dtype) != ((gradient.numel(),), gradient.dtype) or not copy.is_contiguous()
-    ):
-        raise ValueError(
-            f"copy must be {gradient.numel()} contiguous {gradient.dtype}, flat; got {tuple(copy.shape)} {copy.dtype}"
-        )
+    num = gradient.numel()
+    if copy is not None and (copy.shape != (num,) or copy.dtype != gradient.dtype or not copy.is_contiguous()):
+        raise ValueError(f"copy must be {num} contiguous {gradient.dtype}, flat; got {tuple(copy.shape)} {copy.dtype}")
     tensors = (sums, gradient, weights)
     if native.serves(*tensors, dtypes=native.SINGLE) and _are_alike(tensors):
         # Memory of another order than the shape's is copied in the shape's, as ``reshape`` does.
         copied = copy if copy is not None and weights.is_contiguous() else None
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        _kernel(
-            *pointers,
-            None if copied is None else copied.data_ptr(),
-            gradient.numel(),
-            rate,
-            begins,
-            torch.get_num_threads(),
-        )
+        pointers = [native.pointer(tensor) for tensor in (*tensors, copied)]
+        _kernel(*pointers, num, rate, begins, torch.get_num_threads())
         if copied is copy:
             return
     else:

@@ -100,4 +100,4 @@ def _is_for_triton(*rows: Tensor | None) -> bool:
 
 
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return [native.pointer(tensor) for tensor in tensors]

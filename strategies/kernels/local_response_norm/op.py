@@ -40,7 +40,7 @@ def _native(x: Tensor, grad: Tensor | None, window: Window, relu: bool) -> Tenso
     num_scratch = 2 * (channels + window.size) * _BLOCK
     scratch = torch.empty(num_threads * num_scratch if grad is not None or last else 0, dtype=x.dtype)
     _kernel(
-        x.data_ptr(), None if grad is None else grad.data_ptr(), result.data_ptr(), scratch.data_ptr(), num_scratch,
+        x.data_ptr(), native.pointer(grad), result.data_ptr(), scratch.data_ptr(), num_scratch,
         samples, window.groups, channels, x[0, 0].numel(), window.size // 2, (window.size - 1) // 2,
         window.alpha / window.size, window.beta, window.k, relu, last, x.dtype == torch.float64, num_threads,
     )  # fmt: skip

@@ -138,6 +138,11 @@ def serves_rows(*rows: torch.Tensor | None) -> bool:
     return plain and serves(*there, dtypes=SINGLE)
 
 
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's memory begins, as a kernel takes it; None for one that there isn't."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 _own = threading.local()
 _MOST_KEPT = 1 << 26
 

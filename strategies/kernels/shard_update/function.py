@@ -118,6 +118,6 @@ def shard_update(
     pointers = [state.data_ptr() for state in states] + [None] * (3 - len(states))
     _kernel(
         CODECS.index(codec), OPTIMIZERS.index(step.optimizer), code.data_ptr(),
-        None if values is None else values.data_ptr(), num_kept, weights.data_ptr(), *pointers, num, numbers, begins,
+        native.pointer(values), num_kept, weights.data_ptr(), *pointers, num, numbers, begins,
         step.nesterov, torch.get_num_threads(),
     )  # fmt: skip

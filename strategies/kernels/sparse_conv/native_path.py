@@ -70,7 +70,7 @@ def convolve(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, relu: b
         packed = pack(part, packing, sizes.stride)
         _conv_kernel(
             packed.data_ptr(), values.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(),
-            None if bias is None else bias.data_ptr(), out.data_ptr(), scratch.data_ptr(),
+            native.pointer(bias), out.data_ptr(), scratch.data_ptr(),
             num_scratch, len(part), packing.lanes, sizes.groups, num_inputs, num_outputs // sizes.groups,
             plan.num_blocks, plan.block_size, sizes.out_height, sizes.out_width, packing.pitch, plan.tile,
             plan.row_tiles, packing.guard, packing.channel_size, relu, num_threads,

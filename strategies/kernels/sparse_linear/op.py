@@ -25,16 +25,12 @@ ONE_AT_A_TIME = 3
 _PART_SLOTS, _MOST_PARTS = 1 << 18, 8  # what is worth a task at batch 1; threads have no say, or they'd change sums
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _in_lanes(batch: int) -> int:
     return -(-batch // 16) * 16
 
 
 def _parts(packed: PackedWeight) -> list[int | None]:
-    return [_pointer(part) for part in packed[:6]]
+    return [native.pointer(part) for part in packed[:6]]
 
 
 def _is_native(packed: PackedWeight, *tensors: Tensor) -> bool:
@@ -78,7 +74,7 @@ def sparse_linear(
     num_parts = max(1, min(num_tiles, _MOST_PARTS, len(columns) // (num_blocks * _PART_SLOTS))) if one else 1
     own = x.new_empty((num_blocks * batch * num_parts if one else num_threads) * num_own)
     _forward(
-        *_parts(packed), x.data_ptr(), _pointer(bias), y.data_ptr(), shared.data_ptr(), own.data_ptr(), num_own,
+        *_parts(packed), x.data_ptr(), native.pointer(bias), y.data_ptr(), shared.data_ptr(), own.data_ptr(), num_own,
         values.numel(), num_rows, num_columns, row_block, batch, num_parts, relu, one, x.dtype == torch.float64,
         num_threads,
     )  # fmt: skip

@@ -43,7 +43,7 @@ def encode_top_k(numbers: Tensor, out: Tensor, residual: Tensor | None, k: int, 
     num_found = scratch.data_ptr()  # first, since they are of 8 bytes
     places = num_found + 8 * num_pieces
     _kernel(
-        numbers.data_ptr(), None if residual is None else residual.data_ptr(), out.data_ptr(), num, k, stride, rank,
+        numbers.data_ptr(), native.pointer(residual), out.data_ptr(), num, k, stride, rank,
         places, places + 4 * num, num_found, torch.get_num_threads(),
     )  # fmt: skip
     return True
