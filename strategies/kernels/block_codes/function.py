@@ -35,28 +35,12 @@ def encode_int8(numbers: Tensor, out: Tensor, residual: Tensor | None, codes: Te
         a kernel.
 
     """
-    if _is_for_triton(numbers, residual):
-        from .triton_path import encode
-
-        encode(numbers, out, residual, (codes, values))
-        return True
-    if not native.serves_rows(numbers, residual):
-        return False
-    _encode(*_pointers(numbers, residual, out), numbers.numel(), *_pointers(codes, values), torch.get_num_threads())
-    return True
+    return _write(numbers, out, residual, (codes, values))
 
 
 def decode_int8(data: Tensor, out: Tensor, values: Tensor) -> bool:
     """Read the code ``int8``. Arguments and result as of :func:`encode_int8`."""
-    if _is_for_triton(out):
-        from .triton_path import decode
-
-        decode(data, out, values)
-        return True
-    if not native.serves_rows(out):
-        return False
-    _decode(*_pointers(data, out), out.numel(), values.data_ptr(), torch.get_num_threads())
-    return True
+    return _read(data, out, values)
 
 
 def encode_signs(numbers: Tensor, out: Tensor, residual: Tensor | None) -> bool:
@@ -71,33 +55,38 @@ def encode_signs(numbers: Tensor, out: Tensor, residual: Tensor | None) -> bool:
         As :func:`encode_int8`.
 
     """
-    if _is_for_triton(numbers, residual):
-        from .triton_path import encode
-
-        encode(numbers, out, residual, None)
-        return True
-    if not native.serves_rows(numbers, residual):
-        return False
-    _encode(*_pointers(numbers, residual, out), numbers.numel(), None, None, torch.get_num_threads())
-    return True
+    return _write(numbers, out, residual, None)
 
 
 def decode_signs(data: Tensor, out: Tensor) -> bool:
     """Read the code ``1bit``. Arguments and result as of :func:`encode_signs`."""
+    return _read(data, out, None)
+
+
+def _write(numbers: Tensor, out: Tensor, residual: Tensor | None, tables: tuple[Tensor, Tensor] | None) -> bool:
+    if _is_for_triton(numbers, residual):
+        from .triton_path import encode
+
+        encode(numbers, out, residual, tables)
+        return True
+    if not native.serves_rows(numbers, residual):
+        return False
+    pointers = [native.pointer(tensor) for tensor in (numbers, residual, out, *(tables or (None, None)))]
+    _encode(*pointers[:3], numbers.numel(), *pointers[3:], torch.get_num_threads())
+    return True
+
+
+def _read(data: Tensor, out: Tensor, values: Tensor | None) -> bool:
     if _is_for_triton(out):
         from .triton_path import decode
 
-        decode(data, out, None)
+        decode(data, out, values)
         return True
     if not native.serves_rows(out):
         return False
-    _decode(*_pointers(data, out), out.numel(), None, torch.get_num_threads())
+    _decode(data.data_ptr(), out.data_ptr(), out.numel(), native.pointer(values), torch.get_num_threads())
     return True
 
 
 def _is_for_triton(*rows: Tensor | None) -> bool:
     return all(row is None or row.is_contiguous() for row in rows) and triton_serves(*rows)
-
-
-def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    return [native.pointer(tensor) for tensor in tensors]
