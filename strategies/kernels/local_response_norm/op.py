@@ -11,7 +11,7 @@ from torch import Tensor
 from squall.kernels import native
 from squall.kernels.devices import triton_serves
 
-from .torch_path import Window, differentiable_backward, torch_backward, torch_forward
+from .torch_path import Window, differentiable_backward, is_channels_last, torch_backward, torch_forward
 
 _POINTER, _LONG, _DOUBLE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 _kernel = native.function(
@@ -20,14 +20,8 @@ _kernel = native.function(
 _BLOCK = 256  # as in kernel.c
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether channels, and not pixels, are neighbours in memory; a tensor that is both ways counts as neither."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return not x.is_contiguous() and x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
-
-
 def _native(x: Tensor, grad: Tensor | None, window: Window, relu: bool) -> Tensor:
-    last = _is_channels_last(x)
+    last = is_channels_last(x)
     if not last:
         x = x.contiguous()
     result = torch.empty_like(x)
@@ -89,7 +83,7 @@ def _(grad: Tensor, x: Tensor, *arguments: Any) -> Tensor:
 
 def _like(x: Tensor) -> Tensor:
     """What both return: in the memory format of ``x`` if it has one, else contiguous or as ``empty_like`` has it."""
-    if not native.serves(x) or _is_channels_last(x):
+    if not native.serves(x) or is_channels_last(x):
         return torch.empty_like(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

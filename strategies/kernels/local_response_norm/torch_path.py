@@ -37,6 +37,12 @@ class Window(NamedTuple):
     groups: int
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether channels, and not pixels, are neighbours in memory; a tensor that is both ways counts as neither."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return not x.is_contiguous() and x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
+
+
 def _add_window(total: Tensor, values: Tensor, before: int, after: int, factor: float) -> Tensor:
     """Add ``factor`` times the neighbours' values to ``total``, in place; the own value is there already.
 

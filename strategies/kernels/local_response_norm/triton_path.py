@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .torch_path import Window
+from .torch_path import Window, is_channels_last
 
 _SIZE = 1024
 """Values of a program."""
@@ -93,7 +93,7 @@ def triton_path(x: Tensor, grad: Tensor | None, window: Window, relu: bool) -> T
 
     """
     result = torch.empty_like(x)
-    last = x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    last = is_channels_last(x)
     if not last and not x.is_contiguous():
         return result.copy_(triton_path(x.contiguous(), grad, window, relu))
     if not x.numel():
