@@ -232,7 +232,7 @@ class UpdatingStrategy(AsynchronousStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Compute with the present weights; while a snapshot was looked at, the others went on."""
         super().on_train_batch_start(batch, batch_idx)
-        if self._batches is None and not self.is_leader:  # or the queue would say how the run is going
+        if self._batches is None and not self.is_leader:  # or the queue says how the run is going, and when to begin
             self._heard(self._call({"op": "gate"})[0])
         assert self._buffers is not None
         if self._snapshot is not None:

@@ -286,10 +286,9 @@ class DownpourStrategy(UpdatingStrategy):
         """Compute with what came back from the last push, and not further ahead than the run allows."""
         super().on_train_batch_start(batch, batch_idx)
         self._begins_epoch = self._begins_epoch or batch_idx == 0
-        warms_up = not self.is_leader and self.replica.base < self.warm_start_steps
-        if self.max_staleness is not None or warms_up:
+        if self.max_staleness is not None:
             self._rejoining(lambda: self.client.call({"op": "gate"}))
-        if warms_up:  # it joined before the leader went ahead
+        if not self.is_leader and self.replica.base < self.warm_start_steps:  # it joined before the leader went ahead
             self._rejoining(self.replica.fetch)
         if self.overlap:
             self._keep_edits()  # which weights on their way would replace
