@@ -291,8 +291,8 @@ class Replica:
             if piece.parameter not in edits:
                 edits[piece.parameter] = torch.full((parameter.numel(),), torch.nan, dtype=parameter.dtype)
             edits[piece.parameter][piece.start : piece.stop] = here.masked_fill(before == here, torch.nan)
-        # A weight that has become NaN equals nothing, and was not edited for that.
         self._watch.reset()
+        # A weight that has become NaN equals nothing, and was not edited for that.
         return {index: edited for index, edited in edits.items() if not bool(edited.isnan().all())}
 
     @torch.no_grad()
