@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import time
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +15,7 @@ from squall.consistency import snapshot
 from squall.consistency.client import Client
 from squall.consistency.order import Order, pack_orders, unpack_orders
 
-from .test_host import LoopInAThread
+from .loops import LoopInAThread
 
 NUM_SAMPLES = 1_200_000  # twice what a header could say
 BATCHES = st.lists(st.lists(st.integers(0, 2**40), max_size=3), max_size=5)
@@ -50,13 +48,6 @@ def test_other_bytes_are_no_order(num_batches: int, data: bytes) -> None:
     except ValueError:
         return
     assert order.pack() == data
-
-
-@pytest.fixture
-def loop() -> Iterator[LoopInAThread]:
-    running = LoopInAThread()
-    yield running
-    running.end()
 
 
 def test_a_million_samples_pass_the_wire(loop: LoopInAThread) -> None:

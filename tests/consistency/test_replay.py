@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from squall.consistency.client import Client
 from squall.consistency.events import KINDS, EventLog, from_pairs, num_ranks, pack, to_code, to_pairs, unpack
 
+from .loops import LoopInAThread
 from .scripted import Asked, ScriptedRun
-from .test_host import LoopInAThread
 
 NUM_EVENTS = 1_000_000
 
@@ -185,13 +185,6 @@ def test_events_come_back(events: list[tuple[str, int]], at: int) -> None:
     codes = from_pairs(pairs)
     assert to_pairs(unpack(log.packed())) == to_pairs(unpack(pack(codes))) == to_pairs(codes) == pairs
     assert num_ranks(codes) == max((rank + 1 for _, rank in events), default=0)
-
-
-@pytest.fixture
-def loop() -> Iterator[LoopInAThread]:
-    running = LoopInAThread()
-    yield running
-    running.end()
 
 
 def test_a_million_events_pass_the_wire(loop: LoopInAThread) -> None:

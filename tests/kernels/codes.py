@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,15 @@ def spoilt(numbers: Tensor) -> Tensor:
     for place, bad in ((len(numbers) // 2, torch.nan), (len(numbers) - 1, -torch.inf), (len(numbers) // 3, torch.inf)):
         numbers[place] = bad
     return numbers
+
+
+def problems(kind: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Numbers of all lengths, finite or not, and what is owed before them, if anything is."""
+    for length in LENGTHS:
+        numbers, owed = problem(length, kind)
+        for given in (numbers, spoilt(numbers)):
+            for before in (None, owed):
+                yield given, before
 
 
 def coded(codec: Codec, path: str, numbers: Tensor, owed: Tensor | None) -> Coded:

@@ -9,7 +9,7 @@ from squall.consistency.codecs.top_k import STRIDE, TopKCodec
 from squall.kernels import encode_top_k, native
 from tests.consistency.codes import KINDS, same_bits
 
-from .codes import LENGTHS, coded, problem, spoilt
+from .codes import coded, problem, problems
 
 PATHS = native.isas()
 
@@ -19,14 +19,9 @@ PATHS = native.isas()
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_torch_operations(kind: str, density: float, path: str) -> None:
     codec = TopKCodec(density)
-    for length in LENGTHS:
-        numbers, owed = problem(length, kind)
-        for given in (numbers, spoilt(numbers)):
-            for before in (None, owed):
-                for mine, theirs in zip(
-                    coded(codec, path, given, before), coded(codec, "torch", given, before), strict=True
-                ):
-                    assert same_bits(mine, theirs), (length, before is None)
+    for given, before in problems(kind):
+        for mine, theirs in zip(coded(codec, path, given, before), coded(codec, "torch", given, before), strict=True):
+            assert same_bits(mine, theirs), (len(given), before is None)
 
 
 @pytest.mark.parametrize("path", PATHS)

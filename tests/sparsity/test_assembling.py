@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from squall.kernels import native
-from squall.models import AlexNet, ImageClassifier, LeNet5
 from squall.sparsity import CompressedCheckpointIO, CompressedFileError, load_compressed, save_compressed, to_inference
 from squall.sparsity.sparse_layers import SparseConv2d, SparseLinear
-from tests.sparsity.test_inference import Odd
+from tests.sparsity.test_inference import NETS
 
 
 def pruned(module: nn.Module, density: float = 0.1, bits: int | None = None, seed: int = 1) -> nn.Module:
@@ -92,10 +91,7 @@ def test_the_decoded_nets_answers(tmp_path_factory, isa, sizes, density, bits, c
 @pytest.mark.parametrize(
     ("net", "shape"),
     [
-        (lambda: AlexNet(num_classes=5, image_size=32, width=0.1, in_channels=1), (3, 1, 32, 32)),
-        (LeNet5, (2, 1, 28, 28)),
-        (lambda: ImageClassifier(LeNet5()), (1, 1, 28, 28)),
-        (Odd, (2, 3, 9, 12)),
+        *NETS,
         (lambda: nn.Linear(700, 30), (4, 5, 700)),
         (lambda: nn.Conv2d(70, 30, 3), (4, 70, 5, 5)),
     ],

@@ -52,17 +52,16 @@ class Odd(nn.Module):
         return self.part(self.twice(self.twice(x)).relu())
 
 
+NETS: list[tuple[Any, tuple[int, ...]]] = [  # and the shape of what each is given
+    (lambda: AlexNet(num_classes=5, image_size=32, width=0.1, in_channels=1), (3, 1, 32, 32)),
+    (LeNet5, (2, 1, 28, 28)),
+    (lambda: ImageClassifier(LeNet5()), (1, 1, 28, 28)),
+    (Odd, (2, 3, 9, 12)),
+]
+
+
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize(
-    ("net", "shape"),
-    [
-        (lambda: AlexNet(num_classes=5, image_size=32, width=0.1, in_channels=1), (3, 1, 32, 32)),
-        (LeNet5, (2, 1, 28, 28)),
-        (lambda: ImageClassifier(LeNet5()), (1, 1, 28, 28)),
-        (Odd, (2, 3, 9, 12)),
-        (lambda: nn.Linear(7, 3), (4, 5, 7)),
-    ],
-)
+@pytest.mark.parametrize(("net", "shape"), [*NETS, (lambda: nn.Linear(7, 3), (4, 5, 7))])
 def test_the_same_answers(net: Any, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     module = pruned(net()).eval()
