@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from squall.kernels import ans as kernel
+from squall.kernels import native
 from squall.sparsity.coding import ans, positions
 
-pytestmark = pytest.mark.skipif(not kernel.serves(), reason="there are no compiled kernels")
+pytestmark = pytest.mark.skipif(not native.serves(), reason="there are no compiled kernels")
 
 
 def coded(num_symbols, num_kinds, skew, seed):

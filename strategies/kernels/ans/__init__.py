@@ -1,5 +1,5 @@
 """Codes of asymmetric numeral systems decoded side by side, and positions of gaps."""
 
-from .function import Code, decode, positions, serves
+from .function import Code, decode, positions
 
-__all__ = ["Code", "decode", "positions", "serves"]
+__all__ = ["Code", "decode", "positions"]

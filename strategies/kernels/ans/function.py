@@ -38,11 +38,6 @@ class Code(NamedTuple):
     num_symbols: int
 
 
-def serves() -> bool:
-    """Tell whether there are compiled kernels."""
-    return native.isa() != native.TORCH
-
-
 def decode(codes: Sequence[Code]) -> list[tuple[Symbols, bool]]:
     """Decode codes, several side by side.
 

@@ -119,7 +119,7 @@ def serves(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = BOTH) -> bo
     """Tell whether a kernel can work on tensors: plain memory of the CPU.
 
     Args:
-        tensors: All that it would read.
+        tensors: All that it would read; without any, whether there are compiled kernels.
         dtypes: What it was compiled for.
 
     """

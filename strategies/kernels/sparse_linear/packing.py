@@ -68,7 +68,7 @@ class Arranged(NamedTuple):
         """
         num_slots = int(self.starts[-1]) * SLICE
         columns, filled = np.full(num_slots, _FILL, np.uint8), np.zeros(num_slots, values.dtype)
-        if native.isa() != native.TORCH:
+        if native.serves():
             values = np.ascontiguousarray(values)
             _fill[values.itemsize](
                 self.lengths.ctypes.data, self.first_slots.ctypes.data, len(self.lengths), self.columns.ctypes.data,
@@ -93,7 +93,7 @@ def arrange(places: NDArray[Any], num_rows: int, num_columns: int, row_block: in
         That; None if places don't ascend within the matrix.
 
     """
-    if native.isa() == native.TORCH:
+    if not native.serves():
         return _arrange(places, num_rows, num_columns, row_block)
     num_tiles, places = -(-num_columns // TILE_COLUMNS), np.ascontiguousarray(places)
     columns, lengths = np.empty(len(places), np.uint8), np.zeros(num_rows * num_tiles, np.uint8)

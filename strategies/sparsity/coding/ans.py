@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from squall.kernels import ans as kernel
+from squall.kernels import native
 
 from .errors import CompressedFileError
 from .fields import Bytes, Reader, number
@@ -108,7 +109,7 @@ def decode(codes: Sequence[kernel.Code]) -> list[Callable[[], Symbols]]:
         What returns the symbols of each, or raises :class:`CompressedFileError` if they aren't those of :func:`encode`.
 
     """
-    decoded = kernel.decode(codes) if kernel.serves() else [_decode(code) for code in codes]
+    decoded = kernel.decode(codes) if native.serves() else [_decode(code) for code in codes]
     return [partial(_checked, *result) for result in decoded]
 
 

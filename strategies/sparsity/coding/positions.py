@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from squall.kernels import ans as kernel
+from squall.kernels import native
 
 from . import streams
 from .errors import CompressedFileError
@@ -134,7 +135,7 @@ class Coded(NamedTuple):
 
         """
         gaps = self.stream.symbols()
-        sum_up = kernel.positions if kernel.serves() else _sum_up
+        sum_up = kernel.positions if native.serves() else _sum_up
         found, num_found, last = sum_up(gaps, self.longest, self.num_positions, self.num_elements)
         if num_found != self.num_positions:
             raise CompressedFileError(f"its gaps don't lead to {self.num_positions:,} weights")
