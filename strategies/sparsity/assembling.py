@@ -162,14 +162,7 @@ def _sparse(layer: Any, live: Live) -> nn.Module:
 
 def _load(result: nn.Module, own: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
     """Give a copy the rest of what the file has, as it is."""
-    whole: dict[int, Any] = {}
-    for key, entry in entries.items():
-        if id(entry) not in whole:  # else it is tied to one
-            with file.naming(key):
-                whole[id(entry)] = entry.dense() if isinstance(entry, CodedTensor) else entry
-    state_dict = {}
-    for key, entry in entries.items():
-        state_dict[key] = whole[id(entry)]
-        if key in own:
-            state_dict[key] = state_dict[key].to(_device(own[key]), own[key].dtype)
+    state_dict = file.dense(entries)
+    for key in own.keys() & state_dict.keys():
+        state_dict[key] = state_dict[key].to(_device(own[key]), own[key].dtype)
     result.load_state_dict(state_dict, strict=False, assign=True)

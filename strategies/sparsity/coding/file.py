@@ -186,13 +186,8 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     with naming(path):
         entries = _load(path)
-        whole: dict[int, Tensor] = {}
         streams.decode_together([stream for entry in entries.values() for stream in streams_of(entry)])
-        for name, entry in entries.items():
-            if id(entry) not in whole:  # else it is tied to one
-                with naming(name):
-                    whole[id(entry)] = entry.dense() if isinstance(entry, tensors.CodedTensor) else entry
-        return {name: whole[id(entry)] for name, entry in entries.items()}
+        return dense(entries)
 
 
 def read_coded(path: Path) -> dict[str, Tensor | tensors.CodedTensor]:
@@ -211,6 +206,16 @@ def read_coded(path: Path) -> dict[str, Tensor | tensors.CodedTensor]:
     """
     with naming(path):
         return _load(path)
+
+
+def dense(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Decode what is coded; entries that are one become one tensor."""
+    whole: dict[int, Any] = {}
+    for name, entry in entries.items():
+        if id(entry) not in whole:  # else it is tied to one
+            with naming(name):
+                whole[id(entry)] = entry.dense() if isinstance(entry, tensors.CodedTensor) else entry
+    return {name: whole[id(entry)] for name, entry in entries.items()}
 
 
 def streams_of(entry: Any) -> list[streams.Coded]:
