@@ -8,6 +8,8 @@ from collections.abc import Callable
 from .wire import Header
 from .worker import Worker
 
+Then = Callable[[list[list[float]]], None]
+
 
 class Commands:
     """Numbered commands, those behind a snapshot that is being read, and what is announced when they are done.
@@ -21,7 +23,8 @@ class Commands:
     def __init__(self, give: Callable[[Header], None], announce: Callable[[Worker, Header, bytes], None]) -> None:
         self._give = give
         self._announce = announce
-        self._announcements: deque[tuple[int, Worker, Header, bytes]] = deque()
+        self._announcements: deque[tuple[int, Worker, Header, bytes] | tuple[int, Then]] = deque()
+        self._numbers: dict[int, list[list[float]]] = {}  # that shards have told, by command
         self._held: list[Header] = []
         self._done: list[int] = []
         self.last = 0  # whether the shards were given it, or it waits for a snapshot to be read
@@ -48,9 +51,21 @@ class Commands:
 
     def issue(self, command: Header, worker: Worker, announcement: Header, payload: bytes = b"") -> None:
         """Give a command its number; its worker hears when all shards have carried it out."""
+        self._number(command)
+        self._announcements.append((self.last, worker, announcement, payload))
+        self._give_or_hold(command)
+
+    def ask(self, command: Header, then: Then) -> None:
+        """Give a command its number; what all shards have found goes to ``then``, a list a shard."""
+        self._number(command)
+        self._announcements.append((self.last, then))
+        self._give_or_hold(command)
+
+    def _number(self, command: Header) -> None:
         self.last += 1
         command["c"] = self.last
-        self._announcements.append((self.last, worker, announcement, payload))
+
+    def _give_or_hold(self, command: Header) -> None:
         if self.reader is not None:
             self._held.append(command)
         else:
@@ -58,20 +73,27 @@ class Commands:
         if not self._done:
             self._tell()
 
-    def done(self, shard: int, command: int) -> None:
-        """A shard has carried out all commands up to this one."""
+    def done(self, shard: int, command: int, numbers: list[float] | None = None) -> None:
+        """A shard has carried out all commands up to this one, which has asked for some numbers."""
+        if numbers is not None and command > self._done[shard]:
+            self._numbers.setdefault(command, []).append(numbers)
         self._done[shard] = max(self._done[shard], command)
         self._tell()
 
     def _tell(self) -> None:
         while self._announcements and self._announcements[0][0] <= self.num_done:
-            _, worker, announcement, payload = self._announcements.popleft()
-            self._announce(worker, announcement, payload)
+            number, *said = self._announcements.popleft()
+            if len(said) == 1:
+                said[0](self._numbers.pop(number, []))
+            else:
+                self._announce(*said)
 
     def fail(self, message: str) -> None:
         """Nothing more will be done: say so to who waits for it."""
-        for _, worker, announcement, _ in self._announcements:
-            self._announce(worker, {**announcement, "failed": message}, b"")
+        for _, *said in self._announcements:
+            if len(said) > 1:
+                worker, announcement, _ = said
+                self._announce(worker, {**announcement, "failed": message}, b"")
         self._announcements.clear()
 
     def hold(self, reader: Worker) -> None:

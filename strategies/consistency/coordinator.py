@@ -42,6 +42,7 @@ class RunOptions:
         lease_timeout: Seconds without a sign of life after which a worker counts as lost.
         join_timeout: Seconds that the first workers wait for the others, before they begin without them.
         schedule: Events of an earlier run to repeat in their order.
+        sandblaster: Settings of an optimization over a whole batch; None where each push is an update.
 
     """
 
@@ -52,6 +53,7 @@ class RunOptions:
     lease_timeout: float = 30.0
     join_timeout: float = 120.0
     schedule: array[int] | None = None
+    sandblaster: dict[str, Any] | None = None
 
 
 @dataclass
@@ -298,6 +300,9 @@ class Coordinator:
         return self._answer(worker, header, {"version": self.version})
 
     # ------------------------------------------------------------------ the loop
+
+    def prepare(self, spec: Any, name: str) -> None:
+        """Learn what the shards of the run of a name are made from, before the start."""
 
     def start(self, version: int = 0, num_shards: int | None = None) -> None:
         """The shards hold the weights: workers may begin."""

@@ -308,7 +308,7 @@ class Host:
             self._run.end()
         self._num_runs += 1
         options = RunOptions(**header["options"], schedule=unpack(payload) if payload else None)
-        self._run = Run(self, self._num_runs, options, header.get("num_nodes", 1))
+        self._run = Run(self, self._num_runs, options, header.get("num_nodes", 1), header.get("name", ""))
         waiting, self._waiting = self._waiting, []
         for peer, said, data in waiting:
             self.visitor_said(peer, said, data, time.monotonic())
@@ -339,6 +339,8 @@ class Host:
         num_bytes = header["num_bytes"]
         first = header.get("first", 0)
         indices = range(first, first + len(num_bytes))
+        if header.get("is_left"):  # by a host process that was lost
+            return {"names": shards.take_over_memory(indices)}
         return {"names": shards.make_memory(indices, num_bytes, header.get("num_served", len(num_bytes)))}
 
     def _do_go(self, header: Header, payload: bytes) -> None:

@@ -122,6 +122,22 @@ def get_host() -> HostProcess:
     return _host
 
 
+def is_host_lost(patience: float) -> bool:
+    """Whether the host process of this process has ended, or does so in some seconds."""
+    if _host is None or _host._owner != os.getpid():
+        return False
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        _host.process.wait(patience)
+    return _host.process.poll() is not None
+
+
+def replace_host() -> HostProcess:
+    """Start another host process in place of a lost one, whose memory is left for it."""
+    global _host
+    _host = HostProcess()
+    return _host
+
+
 def tidy() -> None:
     """Leave nothing behind of a host process that was killed."""
     if _host is not None and _host._owner == os.getpid():

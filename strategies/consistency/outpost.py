@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .shard import ShardSpec
+from .shard import Spec
 from .supervisor import Loop, Shards
 from .wire import Buffered, Header, WireError
 
@@ -75,8 +75,8 @@ class Outpost:
         """The run is over, or can't be reached any more."""
         self.end()
 
-    def _done(self, shard: int, command: int) -> None:
-        self._tell({"op": "done", "shard": shard, "command": command})
+    def _done(self, shard: int, command: int, numbers: list[float] | None) -> None:
+        self._tell({"op": "done", "shard": shard, "command": command, "numbers": numbers})
 
     def _ready(self) -> None:
         self._tell({"op": "ready"})
@@ -94,7 +94,7 @@ class Outpost:
 
     # ------------------------------------------------------------------ the worker that began it
 
-    def start(self, spec: ShardSpec, on_go: Callable[[Header], None]) -> None:
+    def start(self, spec: Spec, on_go: Callable[[Header], None]) -> None:
         """Start the shards on memory that is filled."""
         assert self.shards is not None
         self._on_go = on_go

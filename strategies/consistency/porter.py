@@ -18,7 +18,7 @@ from .mailbox import NUM_SLOTS, LocalMailbox, lay_out_mailbox
 from .memory import Segment
 from .packing import sum_residuals
 from .processes import die_with_parent
-from .shard import ShardSpec
+from .shard import Spec
 from .wire import Blocking, Header, WireError
 
 
@@ -33,7 +33,7 @@ class Porter:
 
     """
 
-    def __init__(self, spec: ShardSpec, group: int, name: str, memories: dict[int, str]) -> None:
+    def __init__(self, spec: Spec, group: int, name: str, memories: dict[int, str]) -> None:
         self._layout = lay_out_mailbox(spec.plan, group, NUM_SLOTS, spec.num_buffers)
         self._twin = LocalMailbox(spec.plan, self._layout, name)
         self._slices = [spec.plan.slices[shard] for shard in self._layout.shards]
@@ -117,7 +117,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.numpy().data
 
 
-def serve(line: Blocking, spec: ShardSpec, group: int, name: str, memories: dict[int, str], parent: int) -> None:
+def serve(line: Blocking, spec: Spec, group: int, name: str, memories: dict[int, str], parent: int) -> None:
     """The life of a porter's process, until the worker hangs up."""
     if not die_with_parent(parent):
         return

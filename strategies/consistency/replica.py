@@ -76,6 +76,7 @@ class Replica:
         self.parameters = list(parameters)
         self.version = 0  # the latest version heard of
         self.base = 0  # the version that the weights come from
+        self.serial = -1  # the evaluation that the weights are for, in an optimization over whole batches
         self.hyper: list[Hyperparameters] | None = None
         self.hyper_version = 0
         self.num_bytes_pushed = 0
@@ -393,6 +394,7 @@ class Replica:
 
     def _learn(self, reply: Mapping[str, Any]) -> None:
         self.version = max(self.version, int(reply.get("version", 0)))
+        self.serial = int(reply.get("serial", self.serial))
         if reply.get("hyper") is not None and reply["hyper_version"] != self.hyper_version:
             self.hyper, self.hyper_version = reply["hyper"], int(reply["hyper_version"])
 
@@ -406,6 +408,7 @@ class Replica:
         fetch: bool,
         hyper: Any = None,
         buffers: bytes | None = None,
+        losses: Sequence[float] | None = None,
     ) -> PushResult:
         """Hand in gradients; they are applied while this worker goes on.
 
@@ -415,12 +418,15 @@ class Replica:
             fetch: Ask for the weights after it, for :meth:`land`.
             hyper: What the optimizers' hyperparameters have become, from the leader.
             buffers: The worker's running statistics.
+            losses: Each batch's share of a loss that is summed over all of them.
 
         Raises:
             HostLostError: If shards have moved, and it was not applied; ``lost`` has its tickets.
 
         """
         slot, header = self._prepare(gradients, tickets, fetch, hyper, buffers)
+        if losses is not None:
+            header["losses"] = list(losses)
         try:
             for mailbox in self._mailboxes:
                 mailbox.send(slot)
@@ -483,6 +489,11 @@ class Replica:
     def is_far(self) -> bool:
         """Whether pushes have to be carried to other hosts."""
         return any(isinstance(mailbox, RemoteMailbox) for mailbox in self._mailboxes)
+
+    def call_by(self, client: Client) -> None:
+        """Speak to another coordinator from here on, which knows nothing of what was pushed."""
+        self.client = client
+        self._pending.clear()
 
     def forget_courier(self) -> None:
         """Wait for what is under way, and do without what it brings."""

@@ -26,6 +26,10 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_number, value))
 
 
+def _floats(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is float for item in value)
+
+
 def _flag(value: Any) -> bool:
     return type(value) is bool
 
@@ -58,12 +62,12 @@ _FORMS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
     "join": ({}, {"mailbox": _text}),
     "epoch": ({"epoch": _number}, {}),
     "order": ({"epoch": _number, "num_batches": _number}, {}),
-    "lease": ({"epoch": _number}, {}),
+    "lease": ({"epoch": _number}, {"ahead": _flag}),
     "gate": ({}, {}),
     "await": ({"version": _number}, {}),
     "commit": (
         {"tickets": _tickets, "slot": _number, "base": _number},
-        {"base_buffer": _or_none(_number), "fetch": _or_none(_number), "absent": _numbers},
+        {"base_buffer": _or_none(_number), "fetch": _or_none(_number), "absent": _numbers, "losses": _floats},
     ),
     "fetch": ({"buffer": _number, "id": _number}, {}),
     "write": ({"buffer": _number, "id": _number}, {}),
@@ -73,7 +77,7 @@ _FORMS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
     "return": ({"tickets": _tickets}, {"lost": _flag}),
     "stop": ({}, {}),
     "leave": ({}, {}),
-    "snapshot": ({"id": _number}, {"queue": _flag}),
+    "snapshot": ({"id": _number}, {"queue": _flag, "after": _number}),
     "release": ({}, {}),
     "buffers": ({}, {}),
     "report": ({}, {}),

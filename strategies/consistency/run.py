@@ -12,7 +12,8 @@ from .coordinator import Coordinator, RunOptions
 from .mailbox import NUM_SLOTS, part_name
 from .memory import Segment
 from .requests import check_request
-from .shard import ShardSpec
+from .sandblaster.coordinator import BatchCoordinator
+from .shard import Spec
 from .supervisor import Loop, Shards
 from .wire import Buffered, Header
 
@@ -38,19 +39,21 @@ class Run:
         number: Of the run in its job.
         options: Of the run.
         num_nodes: Hosts that have shards.
+        name: Of a run whose coordinator was lost, to go on with what it has left in memory.
 
     """
 
-    def __init__(self, loop: Loop, number: int, options: RunOptions, num_nodes: int) -> None:
+    def __init__(self, loop: Loop, number: int, options: RunOptions, num_nodes: int, name: str = "") -> None:
         self._loop = loop
         self.number = number
-        self.name = f"squall-{os.getpid()}-{number}-{os.urandom(4).hex()}"
-        self.coordinator = Coordinator(options, self._send, self._command)
+        self.name = name or f"squall-{os.getpid()}-{number}-{os.urandom(4).hex()}"
+        of_batches = options.sandblaster is not None
+        self.coordinator = (BatchCoordinator if of_batches else Coordinator)(options, self._send, self._command)
         self.shards = Shards(loop, self.name, 0, self._done, self._ready, self.fail)
         self.peers: set[Buffered] = set()
         self.posts: dict[int, Post] = {}
         self.num_nodes = num_nodes
-        self.spec: ShardSpec | None = None
+        self.spec: Spec | None = None
         self.on_go: Callable[[Header], None] | None = None
         self._version = 0
         self._mailboxes: set[str] = set()
@@ -74,7 +77,7 @@ class Run:
 
     # ------------------------------------------------------------------ the beginning
 
-    def start(self, spec: ShardSpec | None, version: int, on_go: Callable[[Header], None]) -> None:
+    def start(self, spec: Spec | None, version: int, on_go: Callable[[Header], None]) -> None:
         """Start this host's shards on memory that is filled.
 
         Args:
@@ -89,6 +92,7 @@ class Run:
             on_go({})
             return
         self.spec, self.on_go = spec, on_go
+        self.coordinator.prepare(spec, self.name)
         self.shards.start(spec)
 
     def _ready(self) -> None:
@@ -128,9 +132,9 @@ class Run:
 
     # ------------------------------------------------------------------ shards
 
-    def _done(self, shard: int, command: int) -> None:
+    def _done(self, shard: int, command: int, numbers: list[float] | None = None) -> None:
         if self.coordinator.started:
-            self.coordinator.commands.done(shard, command)
+            self.coordinator.commands.done(shard, command, numbers)
 
     def fail(self, message: str) -> None:
         """The run can't go on."""
@@ -169,7 +173,7 @@ class Run:
             mine = None if self.spec is None else self.spec.plan.group(post.node)
             if type(shard) is not int or (mine is not None and shard not in mine) or type(command) is not int:
                 raise ValueError(f"a host says {str(header)[:100]}")
-            self._done(shard, command)
+            self._done(shard, command, header.get("numbers"))
         elif operation == "failed":
             self.fail(str(header.get("message")))
         elif operation != "alive":

@@ -12,14 +12,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from . import porter
+from .journal import set_progress
 from .mailbox import part_name
 from .memory import Segment, host_prefix
 from .packing import RESIDUALS
-from .shard import ShardSpec, serve
-from .updates import set_progress
+from .shard import Spec, serve
 from .wire import Blocking, Buffered, Header
 
 _MAX_RESTARTS = 5  # of a shard that gets no command done in between
+
+
+OnDone = Callable[[int, int, list[float] | None], None]
 
 
 class Loop(Protocol):
@@ -64,7 +67,7 @@ class Shards:
         loop: Looks after their connections.
         run: Name of the run.
         node: Rank of this host.
-        on_done: Hears that a shard has carried out all commands up to one.
+        on_done: Hears that a shard has carried out all commands up to one, and the numbers that this one has asked for.
         on_ready: Hears that all shards are ready for the first time.
         on_failure: Hears why the run can't go on.
 
@@ -75,14 +78,14 @@ class Shards:
         loop: Loop,
         run: str,
         node: int,
-        on_done: Callable[[int, int], None],
+        on_done: OnDone,
         on_ready: Callable[[], None],
         on_failure: Callable[[str], None],
     ) -> None:
         self.run, self.node = run, node
         self.prefix = host_prefix(run, node)
         self.processes: list[ShardProcess] = []
-        self.spec: ShardSpec | None = None
+        self.spec: Spec | None = None
         self.failure = ""
         self._loop = loop
         self._on_done, self._on_ready, self._on_failure = on_done, on_ready, on_failure
@@ -110,9 +113,23 @@ class Shards:
                 self.processes.append(ShardProcess(self, index, name))
         return [f"{self.prefix}-s{index}" for index in indices]
 
+    def take_over_memory(self, indices: Sequence[int]) -> list[str]:
+        """Serve shards whose memory an earlier host process has left; commands are numbered from 1 on again.
+
+        Args:
+            indices: Numbers of the shards.
+
+        """
+        names = [f"{self.prefix}-s{index}" for index in indices]
+        for index, name in zip(indices, names, strict=True):
+            set_progress(Segment(name), 0)
+            self._memories.append(name)
+            self.processes.append(ShardProcess(self, index, name))
+        return names
+
     # ------------------------------------------------------------------ shards
 
-    def start(self, spec: ShardSpec) -> None:
+    def start(self, spec: Spec) -> None:
         """Start those that have memory."""
         self.spec = spec
         for shard in self.processes:
@@ -181,7 +198,7 @@ class Shards:
                 self._on_ready()
         else:
             shard.num_restarts = 0
-        self._on_done(shard.index, done)
+        self._on_done(shard.index, done, header.get("numbers"))
 
     def gone(self, shard: ShardProcess) -> None:
         """A shard has ended: another takes its memory over."""

@@ -1,8 +1,6 @@
 """A shard's slice of weights and optimizer state, and the one pass over it that is an update.
 
-The slice lies in shared memory. A batch of units is updated at a time: its bytes are noted down first, so that
-whoever finds the memory after a ``kill -9`` puts the interrupted batch back and goes on from there. Which batch of
-which command that is, is a single number, written in one store.
+The slice lies in shared memory. A batch of units is updated at a time, and noted down first (:mod:`.journal`).
 """
 
 from __future__ import annotations
@@ -15,15 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .fused import Fused
-from .memory import Segment, aligned
+from .journal import Journal
 from .optimizers import Hyperparameters, adopt, make_faster, read_entry, write_entry
 from .plan import Batch, Slice, Unit
 from .staleness import MEAN_SQUARE, StalenessRule
 
 Decode = Callable[[Unit, Tensor, Tensor], Tensor]  # unit, code, scratch -> gradient (may be the code itself)
-
-_PROGRESS, _JOURNAL = 0, 1
-_CURSOR_BITS = 24
 
 
 class Memory(Protocol):
@@ -79,11 +74,8 @@ class SliceMemory:
         }
 
 
-def set_progress(segment: Segment, command: int) -> None:
-    """Note that the memory of a slice has seen all commands up to one."""
-    control = segment.tensor(torch.int64, 0, 8)
-    control[_PROGRESS] = command << _CURSOR_BITS
-    control[_JOURNAL] = 0
+def _bytes_of(memory: SliceMemory, batch: Batch) -> Tensor:
+    return memory.segment.tensor(torch.uint8, batch.offset, batch.num_bytes)
 
 
 def _shape(unit: Unit) -> tuple[int, ...]:
@@ -97,7 +89,7 @@ class _Stepper:
     def __init__(self, memory: SliceMemory, batch: Batch, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
         self.memory = memory
         self.batch = batch
-        self.bytes = memory.segment.tensor(torch.uint8, batch.offset, batch.num_bytes)
+        self.bytes = _bytes_of(memory, batch)
         self._optimizer = optimizer
         self._groups = groups
         self.weights = [memory.weights(unit) for unit in batch.units]
@@ -206,7 +198,6 @@ class Updater:
         codec: str | None = None,
     ) -> None:
         self._memory = memory
-        self._control = memory.control
         self._groups = [[dict(group) for group in of_one] for of_one in groups]
         for optimizer, of_one in zip(optimizers, self._groups, strict=True):
             for group in of_one:
@@ -214,23 +205,18 @@ class Updater:
         self._rule = rule
         self._decode = decode
         self._fused = None if codec is None or rule.compensates else Fused(codec)
-        slice_ = memory.slice
-        longest = max((batch.num_bytes for batch in slice_.batches), default=0)
-        self._journal = memory.segment.tensor(torch.uint8, slice_.journal_offset, longest)
-        num_flags = max((len(batch.units) for batch in slice_.batches), default=0)
-        offset = slice_.journal_offset + aligned(longest)
-        self._journal_flags = memory.segment.tensor(torch.uint8, offset, num_flags).numpy()
-        self._recover()
+        batches = memory.slice.batches
+        self._journal = Journal(memory)
+        self._journal.recover(lambda index, _: [_bytes_of(memory, batches[index])])
         self._steppers = [
-            _Stepper(memory, batch, optimizers[batch.optimizer], self._groups[batch.optimizer])
-            for batch in slice_.batches
+            _Stepper(memory, batch, optimizers[batch.optimizer], self._groups[batch.optimizer]) for batch in batches
         ]
         self._scratch: dict[tuple[int, torch.dtype], Tensor] = {}
 
     @property
     def last_command(self) -> int:
         """The last command that was carried out from end to end."""
-        return int(self._control[_PROGRESS]) >> _CURSOR_BITS
+        return self._journal.last_command
 
     def adopt(self, hyperparameters: Sequence[Hyperparameters]) -> None:
         """Set what a scheduler has changed."""
@@ -240,7 +226,7 @@ class Updater:
 
     def finish(self, command: int) -> None:
         """Note that a command has been carried out."""
-        self._control[_PROGRESS] = command << _CURSOR_BITS
+        self._journal.finish(command)
 
     def apply(
         self,
@@ -263,13 +249,12 @@ class Updater:
 
         """
         scale = self._rule.scale(staleness)
-        first = int(self._control[_PROGRESS]) & ((1 << _CURSOR_BITS) - 1)
-        for index in range(first, len(self._steppers)):
+        for index in range(self._journal.next_batch, len(self._steppers)):
             stepper = self._steppers[index]
             batch = stepper.batch
             present = [unit.parameter not in absent for unit in batch.units]
             if any(present):
-                self._note_down(index, stepper)
+                self._journal.note_down(index, [stepper.bytes])
                 if self._fused is None or not stepper.step_fused(self._fused, code, present, scale):
                     gradients = [
                         self._gradient(stepper, position, code, base) if there else None
@@ -279,7 +264,7 @@ class Updater:
             if fetch is not None:
                 end = batch.fetch_offset + batch.num_weight_bytes
                 fetch[batch.fetch_offset : end].copy_(stepper.bytes[: batch.num_weight_bytes])
-            self._control[_PROGRESS] = ((command - 1) << _CURSOR_BITS) + index + 1
+            self._journal.advance(command, index)
         self.finish(command)
 
     def hand_out(self, fetch: Tensor) -> None:
@@ -319,21 +304,3 @@ class Updater:
             mean_square = self._memory.state(unit)[names.index(MEAN_SQUARE)]
             self._rule.compensate(gradient, stepper.weights[position], then, mean_square)
         return gradient
-
-    def _note_down(self, index: int, stepper: _Stepper) -> None:
-        self._journal[: stepper.batch.num_bytes].copy_(stepper.bytes)
-        for position, unit in enumerate(stepper.batch.units):
-            self._journal_flags[position] = self._memory.flags[unit.index]
-        # Progress and journal agree from here until progress is made.
-        self._control[_JOURNAL] = self._control[_PROGRESS] + 1
-
-    def _recover(self) -> None:
-        """Put back the batch that an earlier process was killed in."""
-        progress = int(self._control[_PROGRESS])
-        if int(self._control[_JOURNAL]) != progress + 1:
-            return
-        batch = self._memory.slice.batches[progress & ((1 << _CURSOR_BITS) - 1)]
-        there = self._memory.segment.tensor(torch.uint8, batch.offset, batch.num_bytes)
-        there.copy_(self._journal[: batch.num_bytes])
-        for position, unit in enumerate(batch.units):
-            self._memory.flags[unit.index] = self._journal_flags[position]

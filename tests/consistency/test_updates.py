@@ -251,7 +251,7 @@ def interruptible(slices: Slices, shard: int, countdown: Countdown) -> Any:
             countdown()
 
     updater = slices.updater(shard, decode)
-    updater._control = Control(updater._control)
+    updater._journal.control = Control(updater._journal.control)
     if slices.fused:
         updater._fused.step = torn_apart(updater._fused.step, countdown)
         return updater
