@@ -12,6 +12,7 @@ from .column_parallel import ColumnParallelStrategy
 from .downpour import DownpourStrategy
 from .hogwild import HogwildStrategy
 from .injector import EventInjector
+from .sandblaster import SandblasterStrategy
 from .sparse import SparseStrategy
 
 __version__ = "0.1.0"
@@ -20,6 +21,12 @@ _STRATEGIES: tuple[tuple[str, type[Strategy], dict[str, Any], str], ...] = (
     ("column_parallel", ColumnParallelStrategy, {}, "Each layer's channels split over the ranks (Krizhevsky 2012)"),
     ("downpour", DownpourStrategy, {}, "Asynchronous workers around sharded parameter servers (Dean 2012)"),
     ("hogwild", HogwildStrategy, {}, "Asynchronous workers in one host's shared memory, without a lock (Recht 2011)"),
+    (
+        "sandblaster",
+        SandblasterStrategy,
+        {},
+        "L-BFGS over the whole batch, by portions under a coordinator (Dean 2012)",
+    ),
     ("sparse", SparseStrategy, {}, "Few weights, from the first step to the last (Dettmers 2019)"),
     ("sparse_ddp", SparseStrategy, {"inner": "ddp"}, "The same with data parallelism"),
 )
@@ -32,6 +39,7 @@ __all__ = [
     "DownpourStrategy",
     "EventInjector",
     "HogwildStrategy",
+    "SandblasterStrategy",
     "SparseStrategy",
     "consistency",
     "kernels",

@@ -19,7 +19,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from ._due import Followed, StepCount, callbacks_of, checkpoints_of, save_by_version, validate_by_progress
-from ._leases import LeasedBatches, LeaseFetcher, can_be_leased, lease, leased_batches, split
+from ._lease_fetcher import LeaseFetcher
+from ._leases import LeasedBatches, can_be_leased, lease, leased_batches, split
 from ._live_ranks import LiveRanks
 from .consistency.client import LeaderLostError
 from .consistency.coordinator import LEADER, VALIDATION
@@ -257,11 +258,13 @@ class AsynchronousStrategy(LiveRanks):
             return
         assert loop._data_fetcher is not None
         loop._data_fetcher = LeaseFetcher.in_place_of(
-            loop._data_fetcher, found[0], self._has_come, lambda: self._empty_epoch(trainer)
+            loop._data_fetcher, found[0], self._has_come, lambda: self._empty_epoch(trainer), self.is_leader
         )
 
-    def _has_come(self, ticket: Ticket, is_last: bool) -> None:
-        self._tickets.append(ticket)
+    def _has_come(self, ticket: Ticket | None, is_last: bool) -> None:
+        """A batch that is the next to be computed; None if its gradient is worth nothing."""
+        if ticket is not None:
+            self._tickets.append(ticket)
         assert self._batches is not None
         # An epoch has no more batches than that, but what lost workers have left of the ones before comes on top.
         loop = self._trainer.fit_loop

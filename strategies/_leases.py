@@ -8,12 +8,12 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import _update_dataloader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -35,6 +35,19 @@ _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler)  # list all samp
 Call = Callable[..., tuple[dict[str, Any], bytearray]]  # asks the coordinator: header, payload -> header, payload
 
 
+class Dealt(NamedTuple):
+    """A batch that the queue has dealt out.
+
+    Args:
+        ticket: Which.
+        is_spare: Whether its gradient is worth nothing: it only keeps a worker's epoch open while others are not done.
+
+    """
+
+    ticket: Ticket
+    is_spare: bool = False
+
+
 class LeasedBatches:
     """A batch sampler that asks the coordinator for each batch.
 
@@ -54,7 +67,9 @@ class LeasedBatches:
         self.epoch: Callable[[], tuple[int, bool]] = lambda: (0, False)
         self.on_reply: Callable[[dict[str, Any]], None] = lambda reply: None
         self.done_before: dict[int, Order] = {}
-        self.dealt: deque[Ticket] = deque()  # to batches that have not reached the loop
+        self.dealt: deque[Dealt] = deque()  # to batches that have not reached the loop
+        self.in_hand = False  # whether the loop is about to compute one
+        self.has_one_order = False  # for all epochs
 
     def __len__(self) -> int:
         return self._num_batches
@@ -66,12 +81,13 @@ class LeasedBatches:
         assert call is not None
         self._propose(call, epoch)
         while True:
-            reply, payload = call({"op": "lease", "epoch": epoch, "last": last})
+            is_ahead = self.in_hand or any(not dealt.is_spare for dealt in self.dealt)
+            reply, payload = call({"op": "lease", "epoch": epoch, "last": last, "ahead": is_ahead})
             self.on_reply(reply)
             if reply.get("end"):
                 return
             number, position = reply["ticket"]
-            self.dealt.append((int(number), int(position)))
+            self.dealt.append(Dealt((int(number), int(position)), bool(reply.get("spare"))))
             indices = memoryview(payload).cast("q").tolist()
             yield indices[0] if self._single else indices
 
@@ -91,6 +107,7 @@ class LeasedBatches:
     def order(self, epoch: int) -> Order:
         """The batches of an epoch, from the user's sampler under a seed of the epoch's own."""
         sampler = self._source.sampler
+        epoch = 0 if self.has_one_order else epoch
         with _seeded(self._seed + epoch):
             for part in (sampler, self._source.batch_sampler):
                 if callable(getattr(part, "set_epoch", None)):
@@ -107,6 +124,21 @@ class LeasedBatches:
                     " let the sampler yield integers, and the data set translate them."
                 )
         return Order.of(batches[: self._num_batches])
+
+    def keep_one_order(self, num_samples: int | None) -> Order:
+        """Have the same batches in each epoch.
+
+        Args:
+            num_samples: How many samples they are to have, or up to a batch more; None for all.
+
+        """
+        self.has_one_order = True
+        order = self.order(0)
+        if num_samples is not None:
+            starts = list(accumulate(order.sizes, initial=0))
+            self._num_batches = max(1, sum(start < num_samples for start in starts[:-1]))
+            order = self.order(0)
+        return order
 
     def digest(self) -> str:
         """Which samples an epoch has: the same on all workers, unless a sampler deals out a worker's share by itself.
@@ -138,9 +170,10 @@ class LeasedBatches:
     def give_back(self) -> None:
         """Return what was dealt to batches that nobody will see."""
         if self.dealt and self.call is not None:
-            tickets = list(self.dealt)
+            tickets = [dealt.ticket for dealt in self.dealt if not dealt.is_spare]
             self.dealt.clear()
-            self.call({"op": "return", "tickets": tickets})
+            if tickets:
+                self.call({"op": "return", "tickets": tickets})
 
 
 @contextmanager
@@ -235,62 +268,3 @@ def _undistributed(loader: DataLoader[Any]) -> DataLoader[Any]:
         batch_sampler.sampler = alone
         object.__setattr__(whole, "batch_sampler", batch_sampler)
     return whole
-
-
-class LeaseFetcher(_PrefetchDataFetcher):
-    """Knows one batch ahead whether more will come, though nobody knows how many batches a worker will get."""
-
-    def __init__(
-        self, batches: LeasedBatches, on_batch: Callable[[Ticket, bool], None], on_empty: Callable[[], None]
-    ) -> None:
-        super().__init__(prefetch_batches=1)
-        self._leased = batches
-        self._on_batch = on_batch
-        self._on_empty = on_empty
-        self._tickets: deque[Ticket] = deque()  # of batches that are here
-
-    @classmethod
-    def in_place_of(cls, fetcher: _DataFetcher, *args: Any) -> LeaseFetcher:
-        """Take over a stock fetcher's loader, and the iterator that it has made already."""
-        ours = cls(*args)
-        ours.setup(fetcher.combined_loader)
-        ours.iterator = fetcher.iterator
-        return ours
-
-    def __iter__(self) -> LeaseFetcher:
-        _DataFetcher.__iter__(self)
-        return self
-
-    def reset(self) -> None:
-        """Forget how long the loader says it is: that is the length for all workers together."""
-        super().reset()
-        self.length = None
-        self.done = False
-
-    def __next__(self) -> Any:
-        if not self.batches:
-            if self.done:
-                raise StopIteration
-            try:
-                self._fetch()
-            except StopIteration:
-                self._on_empty()
-                raise
-        batch = self.batches.pop(0)
-        ticket = self._tickets.popleft()
-        try:
-            self._fetch()
-        except StopIteration:
-            self.done = True
-        self._on_batch(ticket, self.done)
-        return batch
-
-    def _fetch(self) -> None:
-        batch = _DataFetcher.__next__(self)
-        self.batches.append(batch)
-        self._tickets.append(self._leased.dealt.popleft())
-
-    def teardown(self) -> None:
-        """Forget what was fetched; its leases end with the loop."""
-        self._tickets.clear()
-        super().teardown()

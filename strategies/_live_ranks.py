@@ -23,7 +23,7 @@ from ._arguments import check_seconds
 from .consistency.client import Client, CoordinatorGoneError, LeaderLostError, RevokedError, RunFailedError
 from .consistency.coordinator import LEADER
 from .consistency.hosting import get_host, tidy
-from .consistency.jobs import PATIENCE, Job, enlist, find_job, open_job
+from .consistency.jobs import PATIENCE, Address, Job, enlist, find_job, open_job
 from .consistency.mailbox import HostLostError
 from .launching import HydraAwareLauncher
 
@@ -109,25 +109,42 @@ class LiveRanks(DDPStrategy):
         self._connect(trainer)
 
     def _connect(self, trainer: Trainer) -> None:
-        environment = self.cluster_environment
-        assert environment is not None
-        job = Job(environment.main_address, environment.main_port, self.num_nodes)
         if self.is_leader:
-            address = open_job(job)
-            options = self._run_options(trainer)
-            header = {"op": "run", "options": options, "num_nodes": self.num_nodes}
-            run = get_host().request(header, self._schedule)
-            number, self._run_name = int(run["run"]), str(run["name"])
-            _runs[address.opening] = number
+            address, number = self._open_run(trainer)
             self._has_shards = True
             self._client = Client(address, LEADER, number, self._lease_timeout / 4)
         else:
-            self._client = self._come_to(job)
+            self._client = self._come_to(self._job)
         self._num_meetings.clear()
         agreed = self._meet("run", {"name": self._run_name, "seed": torch.initial_seed() % 2**31}).get(LEADER)
         if agreed is None:
             raise LeaderLostError("Rank 0 was lost before training began.")
         self._run_name, self._seed = agreed["name"], agreed["seed"]
+
+    @property
+    def _job(self) -> Job:
+        environment = self.cluster_environment
+        assert environment is not None
+        return Job(environment.main_address, environment.main_port, self.num_nodes)
+
+    def _open_run(self, trainer: Trainer, name: str = "") -> tuple[Address, int]:
+        """Have a coordinator begin a run, or go on with one whose coordinator was lost.
+
+        Args:
+            trainer: Whose run it is.
+            name: Of the run that is to go on.
+
+        Returns:
+            Where the coordinator is, and the number of the run there.
+
+        """
+        address = open_job(self._job)
+        options = self._run_options(trainer)
+        header = {"op": "run", "options": options, "num_nodes": self.num_nodes, "name": name}
+        run = get_host().request(header, self._schedule)
+        number, self._run_name = int(run["run"]), str(run["name"])
+        _runs[address.opening] = number
+        return address, number
 
     def _come_to(self, job: Job) -> Client:
         """Find the coordinator; again, if what was found was another job's, which is over."""

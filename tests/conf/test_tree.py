@@ -49,8 +49,8 @@ def test_the_groups_are_those_that_users_know():
     names = {path.name for path in TREE.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
     assert names >= {"strategy", "model", "data", "trainer", "callbacks", "logger", "experiment"}
     assert options("strategy") == [
-        "column_parallel", "ddp", "deep_compression", "downpour", "hogwild", "rigl", "set", "single", "sparse_momentum",
-        "static_mask",
+        "column_parallel", "ddp", "deep_compression", "downpour", "hogwild", "rigl", "sandblaster", "set", "single",
+        "sparse_momentum", "static_mask",
     ]  # fmt: skip
 
 

@@ -23,7 +23,18 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 from .table import FEATURES, STRATEGIES, Entry
 
 NUM_CLASSES = 5
-_OWN_METRICS = ("bytes/", "crossings/", "staleness/", "updates/", "queue/", "workers/", "density/", "sparsity/")
+_OWN_METRICS = (
+    "bytes/",
+    "crossings/",
+    "staleness/",
+    "updates/",
+    "queue/",
+    "workers/",
+    "lbfgs/",
+    "portions/",
+    "density/",
+    "sparsity/",
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,12 @@ class Cell:
     @property
     def has_queue(self) -> bool:
         """Whether samples are dealt out by a queue, which a checkpoint holds."""
-        return self.entry.strategy in ("downpour", "hogwild")
+        return self.entry.strategy in ("downpour", "hogwild", "sandblaster")
+
+    @property
+    def more_epochs(self) -> int:
+        """What training takes longer where an epoch is an evaluation, and a step may take several."""
+        return 4 if self.entry.strategy == "sandblaster" else 0
 
     @property
     def has_columns(self) -> bool:
@@ -165,7 +181,7 @@ class Cell:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "enable_checkpointing": False,
-            "max_epochs": 2,
+            "max_epochs": 2 + self.more_epochs,
             "precision": "64-true",
         }
         self.scatter_seeds()

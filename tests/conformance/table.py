@@ -58,6 +58,8 @@ STRATEGIES = (
     Entry("downpour 2 workers", 2, 1, "downpour", exact=False),
     Entry("hogwild", 1, 1, "hogwild"),
     Entry("hogwild 2 workers", 2, 1, "hogwild", exact=False),
+    Entry("sandblaster", 1, 1, "sandblaster", reference="sandblaster"),
+    Entry("sandblaster 2 workers", 2, 1, "sandblaster", exact=False, reference="sandblaster"),
     Entry("sparse", 1, 1, _sparse("single"), reference="sparse"),
     Entry("sparse_ddp", 2, 2, _sparse("ddp"), reference="sparse"),
 )
@@ -65,6 +67,8 @@ STRATEGIES = (
 DDP = ("ddp", "sparse_ddp")
 # Those whose ranks don't wait for each other.
 ASYNCHRONOUS = tuple(entry.name for entry in STRATEGIES if entry.strategy in ("downpour", "hogwild"))
+# Those that minimise one loss by a line search.
+SANDBLASTER = tuple(entry.name for entry in STRATEGIES if entry.strategy == "sandblaster")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.model_summary import summarize
 
 from ..cell import Cell, Classifier, Unlike, metrics, weights
-from ..table import ASYNCHRONOUS, DDP, STRATEGIES, feature
+from ..table import ASYNCHRONOUS, DDP, SANDBLASTER, STRATEGIES, feature
 
 
 @feature("ModelCheckpoint: top k and last")
@@ -37,7 +37,7 @@ def model_checkpoint(cell: Cell) -> dict[str, Any]:
     callback = ModelCheckpoint(
         dirpath=cell.path / "kept", filename="{epoch}", monitor="val_loss", mode="max", save_top_k=2, save_last=True
     )
-    observed = cell.fit(Classifier(), max_epochs=4, enable_checkpointing=True, callbacks=[callback])
+    observed = cell.fit(Classifier(), max_epochs=4 + cell.more_epochs, enable_checkpointing=True, callbacks=[callback])
     names = sorted(path.name for path in (cell.path / "kept").iterdir())
     assert "last.ckpt" in names
     assert len(names) == 3
@@ -104,24 +104,27 @@ def ema_resumed(cell: Cell) -> dict[str, Any]:
     keep = ModelCheckpoint(dirpath=cell.path, filename="ema", save_top_k=-1)
     module = Classifier()
     trainer = cell.trainer(
-        max_epochs=1, precision="32-true", enable_checkpointing=True, callbacks=[EMAWeightAveraging(decay=0.7), keep]
+        max_epochs=1 + cell.more_epochs,
+        precision="32-true",
+        enable_checkpointing=True,
+        callbacks=[EMAWeightAveraging(decay=0.7), keep],
     )
     trainer.fit(module, cell.loader(), cell.loader(8))
     saved = torch.load(cell.path / "ema.ckpt", weights_only=False)
     again = Classifier()
-    trainer = cell.trainer(max_epochs=2, precision="32-true", callbacks=[EMAWeightAveraging(decay=0.7)])
+    trainer = cell.trainer(precision="32-true", callbacks=[EMAWeightAveraging(decay=0.7)])
     trainer.fit(again, cell.loader(), cell.loader(8), ckpt_path=str(cell.path / "ema.ckpt"), weights_only=False)
     return {"saved": saved["state_dict"], "current": saved["current_model_state"], **cell.after(trainer, again)}
 
 
-@feature("GradientAccumulationScheduler")
+@feature("GradientAccumulationScheduler", errors=dict.fromkeys(SANDBLASTER, "GradientAccumulationScheduler"))
 def accumulation_scheduler(cell: Cell) -> dict[str, Any]:
     return cell.fit(Classifier(), max_epochs=3, callbacks=[GradientAccumulationScheduler({1: 2, 2: 4})])
 
 
 @feature(
     "BackboneFinetuning",
-    errors=dict.fromkeys(ASYNCHRONOUS, "BackboneFinetuning gives the optimizer more"),
+    errors=dict.fromkeys((*ASYNCHRONOUS, *SANDBLASTER), "BackboneFinetuning gives the optimizer more"),
     wrong=dict.fromkeys(DDP, "never averages what was frozen when it wrapped the module"),
 )
 def finetuning(cell: Cell) -> dict[str, Any]:

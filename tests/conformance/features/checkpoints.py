@@ -43,7 +43,7 @@ def _train(cell: Cell, strategy: Any = None, ckpt_path: Path | None = None, **op
 
 def _first_epoch(cell: Cell, strategy: Any = None, **options: Any) -> Path:
     keep = ModelCheckpoint(dirpath=cell.path, filename="first", save_top_k=-1, every_n_epochs=1)
-    _train(cell, strategy, max_epochs=1, callbacks=[keep], enable_checkpointing=True, **options)
+    _train(cell, strategy, max_epochs=1 + cell.more_epochs, callbacks=[keep], enable_checkpointing=True, **options)
     cell.barrier()  # AsyncCheckpointIO writes it while others go on
     return cell.path / "first.ckpt"
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..cell import Cell, Classifier, Dealt, metrics, samples, weights
-from ..table import feature
+from ..table import SANDBLASTER, feature
 
 
 class CountValidations(Callback):
@@ -112,7 +112,7 @@ def max_steps(cell: Cell) -> dict[str, Any]:
     return cell.fit(Classifier(), max_epochs=-1, max_steps=6)
 
 
-@feature("accumulate_grad_batches")
+@feature("accumulate_grad_batches", errors=dict.fromkeys(SANDBLASTER, "accumulate_grad_batches=3"))
 def accumulate(cell: Cell) -> dict[str, Any]:
     return cell.fit(Classifier(), accumulate_grad_batches=3)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..cell import NUM_CLASSES, Cell, Classifier, Unlike, network, samples, warned, weights
-from ..table import ASYNCHRONOUS, DDP, STRATEGIES, feature
+from ..table import ASYNCHRONOUS, DDP, SANDBLASTER, STRATEGIES, feature
 
 _UNUSED = "parameters that were not used in producing the loss"
 
@@ -46,7 +46,7 @@ _APART = "can't normalise over the batches of ranks that don't wait"
 @feature(
     "sync_batchnorm on a CPU",
     errors={entry.name: _SYNC for entry in STRATEGIES if entry.num_replicas > 1}
-    | {name: _APART for name in ASYNCHRONOUS if name.endswith("workers")},
+    | {name: _APART for name in (*ASYNCHRONOUS, *SANDBLASTER) if name.endswith("workers")},
 )
 def sync_batch_norm(cell: Cell) -> dict[str, Any]:
     torch.manual_seed(2)

@@ -10,12 +10,16 @@ from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 
 from ..cell import Cell, Classifier, network, warned
-from ..table import ASYNCHRONOUS, DDP, STRATEGIES, feature
+from ..table import ASYNCHRONOUS, DDP, SANDBLASTER, STRATEGIES, feature
 
 _FIND_UNUSED = "parameters that were not used in producing the loss"
 
 
-@feature("clip by norm")
+_CLIPPED = dict.fromkeys(SANDBLASTER, "gradient_clip_val|configure_gradient_clipping clips")
+_BY_HAND = dict.fromkeys(SANDBLASTER, "automatic_optimization=False")
+
+
+@feature("clip by norm", errors=_CLIPPED)
 def clip_by_norm(cell: Cell) -> dict[str, Any]:
     norms: list[float] = []
 
@@ -32,12 +36,12 @@ def clip_by_norm(cell: Cell) -> dict[str, Any]:
     return {**observed, "norms": norms}
 
 
-@feature("clip by value")
+@feature("clip by value", errors=_CLIPPED)
 def clip_by_value(cell: Cell) -> dict[str, Any]:
     return cell.fit(Classifier(lr=1.0), gradient_clip_val=0.003, gradient_clip_algorithm="value")
 
 
-@feature("configure_gradient_clipping")
+@feature("configure_gradient_clipping", errors=_CLIPPED)
 def own_clipping(cell: Cell) -> dict[str, Any]:
     class Own(Classifier):
         def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **kwargs: Any) -> None:
@@ -55,7 +59,7 @@ def logged_norms(cell: Cell) -> dict[str, Any]:
     return cell.fit(Logging())
 
 
-@feature("manual optimization, clip_grad_norm_ by hand")
+@feature("manual optimization, clip_grad_norm_ by hand", errors=_BY_HAND)
 def manual(cell: Cell) -> dict[str, Any]:
     class Manual(Classifier):
         automatic_optimization = False
@@ -72,7 +76,7 @@ def manual(cell: Cell) -> dict[str, Any]:
     return cell.fit(Manual(lr=1.0))
 
 
-@feature("manual optimization that accumulates")
+@feature("manual optimization that accumulates", errors=_BY_HAND)
 def manual_accumulation(cell: Cell) -> dict[str, Any]:
     class Manual(Classifier):
         automatic_optimization = False
@@ -86,7 +90,7 @@ def manual_accumulation(cell: Cell) -> dict[str, Any]:
     return cell.fit(Manual())
 
 
-@feature("several optimizers")
+@feature("several optimizers", errors=_BY_HAND)
 def several_optimizers(cell: Cell) -> dict[str, Any]:
     class Several(Classifier):
         automatic_optimization = False
@@ -109,7 +113,7 @@ def several_optimizers(cell: Cell) -> dict[str, Any]:
     return cell.fit(Several())
 
 
-@feature("optimizers in turn (toggle_optimizer)", errors=dict.fromkeys(DDP, _FIND_UNUSED), late=DDP)
+@feature("optimizers in turn (toggle_optimizer)", errors={**dict.fromkeys(DDP, _FIND_UNUSED), **_BY_HAND}, late=DDP)
 def toggled_optimizers(cell: Cell) -> dict[str, Any]:
     class Toggled(Classifier):
         automatic_optimization = False
@@ -290,7 +294,7 @@ def bf16_mixed(cell: Cell) -> dict[str, Any]:
     return {**observed, "dtypes": sorted({str(value.dtype) for value in observed["weights"].values()})}
 
 
-@feature("bf16-true", tolerance=0.1)
+@feature("bf16-true", tolerance=0.1, errors=dict.fromkeys(SANDBLASTER, "of torch.bfloat16, in which"))
 def bf16_true(cell: Cell) -> dict[str, Any]:
     return cell.fit(Classifier(lr=0.02), precision="bf16-true", max_epochs=1)
 
