@@ -6,8 +6,8 @@
  * shorter rows has column TILE_COLUMNS, where x is zero. A tile's part of x is small enough for registers at batch 1,
  * and for the nearest cache, times the batch, else.
  *
- * Columns of a step are stored with their groups of four transposed as a 4 x 4 matrix (COLUMN_OF_GROUP): it undoes what
- * unpacking four planes of bytes does to their order.
+ * Bytes of a step, columns and codes, are stored as BYTE_OF says: then a shift of registers of 32 bits is all it takes to
+ * have the codes, or columns, of 16 neighbouring slots in the lowest bytes of their lanes.
  */
 #include <string.h>
 
@@ -16,8 +16,9 @@
 enum { TILE = 128, TILE_COLUMNS = 127, SLICE = 64 };
 enum { LIVE_SPREAD = 128, LIVE_ROWS = 64, LIVE_COLUMNS = 192 };
 
-/* Where the columns of slots `slot` to `slot + 3` are in a step; slot is a multiple of 4. */
-#define COLUMN_OF_GROUP(slot) (4 * ((slot) / 4 % 4 * 4 + (slot) / 16))
+/* Where a slot's column, and its code, are in a step; and whose they are. */
+#define BYTE_OF(slot) (4 * ((slot) % 16) + (slot) / 16)
+#define SLOT_OF(byte) (16 * ((byte) % 4) + (byte) / 4)
 
 struct linear {
     const uint8_t *columns, *codes;

@@ -5,6 +5,9 @@
 
 enum { TILE_COLUMNS = 127, SLICE = 64 };
 
+/* Where a slot's byte is in a step; as in kernel.c. */
+#define BYTE_OF(slot) (4 * ((slot) % 16) + (slot) / 16)
+
 /* Count the weights of each run (rows are the slow index), and find each one's column in its tile. Returns how many
  * positions ascend within the matrix: what comes behind is not looked at. */
 #define COUNT(NAME, TYPE)                                                                                              \
@@ -90,8 +93,9 @@ SQUALL_EXPORT int64_t squall_pack_slices(const uint8_t *lengths, int64_t num_row
     {                                                                                                                  \
         for (int64_t run = 0, at = 0; run < num_runs; at += lengths[run++]) {                                          \
             int64_t slot = first_slots[run], lane = slot % SLICE;                                                      \
-            uint8_t *column = to_columns + slot - lane + (lane / 4 % 4 * 4 + lane / 16) * 4 + lane % 4;                \
-            TYPE *value = to_values + slot;                                                                            \
+            int64_t byte = slot - lane + BYTE_OF(lane);                                                                \
+            uint8_t *column = to_columns + byte;                                                                       \
+            TYPE *value = to_values + (sizeof(TYPE) == 1 ? byte : slot);                                               \
             for (int64_t i = 0; i < lengths[run]; i++) {                                                               \
                 column[i * SLICE] = columns[at + i];                                                                   \
                 value[i * SLICE] = values[at + i];                                                                     \

@@ -23,9 +23,9 @@ class PackedWeight(NamedTuple):
     """A sparse matrix as :func:`squall.kernels.sparse_linear` reads it; made by the ``pack`` functions.
 
     Args:
-        columns: uint8, 64 a step: columns in their tile, their groups of four transposed as a 4 x 4 matrix; 127 for
-            what fills up a slice.
-        codes: uint8, 64 a step: places in ``values``; or None, and values are those of the steps.
+        columns: uint8, 64 a step: columns in their tile, those of slots 16 apart beside each other (a 4 x 16 matrix,
+            transposed); 127 for what fills up a slice.
+        codes: uint8, 64 a step, in that order too: places in ``values``; or None, and values are those of the slots.
         values: float32 or float64, 64 a step; or the codebook.
         rows: int16, 64 a slice: rows in their block, ``row_block`` for none.
         starts: int64: the first step of each slice, and how many there are.
@@ -91,12 +91,11 @@ class PackedWeight(NamedTuple):
                     [0., 1.]])
 
         """
-        from .torch_path import triples
+        from .torch_path import triples, values_of
 
         rows, columns, slots = triples(self)
-        values = self.values[slots] if self.codes is None else self.values[self.codes[slots].long()]
         dense = self.values.new_zeros(self.num_rows * self.num_columns)
-        dense[rows * self.num_columns + columns] = values
+        dense[rows * self.num_columns + columns] = values_of(self, slots)
         return dense.view(self.shape)
 
 

@@ -60,10 +60,10 @@ class Arranged(NamedTuple):
         """Bring weights, or their codes, to their slots.
 
         Args:
-            values: One a weight, of 1, 4 or 8 bytes.
+            values: One a weight, of 1, 4 or 8 bytes; those of 1 are codes.
 
         Returns:
-            The columns of all slots, in the order in which they are stored, and the values; 0 where there is no weight.
+            The columns of all slots and the values, as they are stored; 0 where there is no weight.
 
         """
         num_slots = int(self.starts[-1]) * SLICE
@@ -77,7 +77,12 @@ class Arranged(NamedTuple):
             return columns, filled
         slots = self.slots()
         columns[slots], filled[slots] = self.columns, values
-        return columns.reshape(-1, 4, 4, 4).transpose(0, 2, 1, 3).reshape(-1), filled
+        return _as_bytes(columns), _as_bytes(filled) if filled.itemsize == 1 else filled
+
+
+def _as_bytes(slots: NDArray[Any]) -> NDArray[Any]:
+    """Bring what is one byte a slot into the order in which that is stored."""
+    return slots.reshape(-1, 4, SLICE // 4).transpose(0, 2, 1).reshape(-1)
 
 
 def arrange(places: NDArray[Any], num_rows: int, num_columns: int, row_block: int) -> Arranged | None:

@@ -70,12 +70,9 @@ ISA_TARGET static void F(one)(void *context, int64_t index, int thread)
         for (int64_t slice = slices[0]; slice < slices[1]; slice++) {
             REAL sum[SLICE] = {0};
             for (int64_t slot = w->starts[slice] * SLICE; slot < w->starts[slice + 1] * SLICE; slot += SLICE)
-                for (int group = 0; group < SLICE; group += 4) {
-                    const uint8_t *restrict columns = w->columns + slot + COLUMN_OF_GROUP(group);
-                    for (int i = 0; i < 4; i++) {
-                        int64_t at = slot + group + i;
-                        sum[group + i] += x[columns[i]] * values[w->codes ? w->codes[at] : at];
-                    }
+                for (int i = 0; i < SLICE; i++) {
+                    int64_t byte = slot + BYTE_OF(i);
+                    sum[i] += x[w->columns[byte]] * values[w->codes ? w->codes[byte] : slot + i];
                 }
             const int16_t *restrict rows = w->rows + slice * SLICE;
             for (int i = 0; i < SLICE; i++)
@@ -98,21 +95,37 @@ ISA_TARGET static void F(spread)(void *context, int64_t index, int thread)
     memset(out + width * lanes, 0, (size_t)((TILE - width) * lanes) * sizeof(REAL));
 }
 
+/* The columns of HELD slots that are neighbours in the step at `slot`: each a byte, the first one the lowest. */
+ISA_TARGET SQUALL_INLINE uint32_t F(columns)(const struct linear *w, int64_t slot, int byte)
+{
+    uint32_t columns = w->columns[slot + byte];
+    if (HELD > 1) /* x86: its lowest byte is the first one */
+        memcpy(&columns, w->columns + slot + byte, HELD);
+    return columns;
+}
+
+/* Vectors of a column; to the compiler `from` is but an address, which it keeps in a register. */
+ISA_TARGET SQUALL_INLINE VECTOR *F(of_column)(const char *from, uint32_t columns, int row, const int vectors)
+{
+    return (VECTOR *)(from + (size_t)(columns >> 8 * row & 255) * (size_t)vectors * sizeof(VECTOR));
+}
+
 /* Add a slice times the tile's x to the sums of its rows. */
 ISA_TARGET SQUALL_INLINE void F(slice)(const struct linear *w, int64_t slice, const VECTOR *restrict x,
                                        VECTOR *restrict total, const int coded, const int vectors)
 {
     int64_t begin = w->starts[slice] * SLICE, end = w->starts[slice + 1] * SLICE;
+    const int16_t *restrict rows = w->rows + slice * SLICE;
     const REAL *restrict values = w->values;
-    for (int lane = 0; lane < SLICE; lane += HELD) {
-        const int16_t *restrict rows = w->rows + slice * SLICE + lane;
-        const uint8_t *restrict columns = w->columns + COLUMN_OF_GROUP(lane) + lane % 4;
+    const char *from = (const char *)x;
+    __asm__("" : "+r"(from));
+    for (int byte = 0; byte < SLICE; byte += HELD) {
         VECTOR sum[HELD][2];
         SQUALL_UNROLL for (int row = 0; row < HELD; row++)
             SQUALL_UNROLL for (int v = 0; v < vectors; v++)
-                sum[row][v] = total[rows[row] * vectors + v];
+                sum[row][v] = total[rows[SLOT_OF(byte + row)] * vectors + v];
         /* The processor can't foresee where the next slice's steps are. */
-        for (int64_t step = lane / HELD; step < (end - begin) / SLICE; step += SLICE / HELD) {
+        for (int64_t step = byte / HELD; step < (end - begin) / SLICE; step += SLICE / HELD) {
             int64_t at = end + step * SLICE;
             __builtin_prefetch(w->columns + at);
             if (coded)
@@ -121,17 +134,18 @@ ISA_TARGET SQUALL_INLINE void F(slice)(const struct linear *w, int64_t slice, co
                 SQUALL_UNROLL for (int64_t i = 0; i < SLICE; i += LANE)
                     __builtin_prefetch(values + at + i);
         }
-        for (int64_t slot = begin; slot < end; slot += SLICE)
+        for (int64_t slot = begin; slot < end; slot += SLICE) {
+            uint32_t columns = F(columns)(w, slot, byte);
             SQUALL_UNROLL for (int row = 0; row < HELD; row++) {
-                int64_t at = slot + lane + row;
-                REAL value = values[coded ? w->codes[at] : at];
-                const VECTOR *restrict here = x + (size_t)columns[slot + row] * (size_t)vectors;
+                REAL value = values[coded ? w->codes[slot + byte + row] : slot + SLOT_OF(byte + row)];
+                const VECTOR *restrict here = F(of_column)(from, columns, row, vectors);
                 SQUALL_UNROLL for (int v = 0; v < vectors; v++)
                     sum[row][v] += value * here[v];
             }
+        }
         SQUALL_UNROLL for (int row = 0; row < HELD; row++)
             SQUALL_UNROLL for (int v = 0; v < vectors; v++)
-                total[rows[row] * vectors + v] = sum[row][v];
+                total[rows[SLOT_OF(byte + row)] * vectors + v] = sum[row][v];
     }
 }
 
@@ -190,22 +204,24 @@ ISA_TARGET SQUALL_INLINE void F(slice_back)(const struct linear *w, int64_t slic
                                             VECTOR *restrict total, const int coded, const int vectors)
 {
     int64_t begin = w->starts[slice] * SLICE, end = w->starts[slice + 1] * SLICE;
+    const int16_t *restrict rows = w->rows + slice * SLICE;
     const REAL *restrict values = w->values;
-    for (int lane = 0; lane < SLICE; lane += HELD) {
-        const int16_t *restrict rows = w->rows + slice * SLICE + lane;
-        const uint8_t *restrict columns = w->columns + COLUMN_OF_GROUP(lane) + lane % 4;
+    const char *to = (const char *)total;
+    __asm__("" : "+r"(to));
+    for (int byte = 0; byte < SLICE; byte += HELD) {
         VECTOR held[HELD][2];
         SQUALL_UNROLL for (int row = 0; row < HELD; row++)
             SQUALL_UNROLL for (int v = 0; v < vectors; v++)
-                held[row][v] = grad[rows[row] * vectors + v];
-        for (int64_t slot = begin; slot < end; slot += SLICE)
+                held[row][v] = grad[rows[SLOT_OF(byte + row)] * vectors + v];
+        for (int64_t slot = begin; slot < end; slot += SLICE) {
+            uint32_t columns = F(columns)(w, slot, byte);
             SQUALL_UNROLL for (int row = 0; row < HELD; row++) {
-                int64_t at = slot + lane + row;
-                REAL value = values[coded ? w->codes[at] : at];
-                VECTOR *here = total + (size_t)columns[slot + row] * (size_t)vectors;
+                REAL value = values[coded ? w->codes[slot + byte + row] : slot + SLOT_OF(byte + row)];
+                VECTOR *here = F(of_column)(to, columns, row, vectors);
                 SQUALL_UNROLL for (int v = 0; v < vectors; v++)
                     here[v] += value * held[row][v];
             }
+        }
     }
 }
 

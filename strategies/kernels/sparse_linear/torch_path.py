@@ -30,7 +30,7 @@ _found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def triples(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Find the row, the column and the slot of each weight: three int64 tensors in the order of the slots."""
-    columns = packed.columns.view(-1, 4, 4, 4).transpose(1, 2).reshape(-1)
+    columns = _by_slot(packed.columns)
     slots = (columns != TILE_COLUMNS).nonzero().squeeze(1)
     num_tiles = -(-packed.num_columns // TILE_COLUMNS)
     tile_of_slice = torch.arange(len(packed.tiles) - 1, device=slots.device).repeat_interleave(packed.tiles.diff())
@@ -40,6 +40,16 @@ def triples(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     block_of = tile_of // max(1, num_tiles)
     rows = packed.rows[slice_of * SLICE + slots % SLICE].long() + block_of * packed.row_block
     return rows, columns[slots].long() + (tile_of - block_of * num_tiles) * TILE_COLUMNS, slots
+
+
+def _by_slot(stored: Tensor) -> Tensor:
+    """Bring bytes of steps into the order of the slots."""
+    return stored.view(-1, SLICE // 4, 4).transpose(1, 2).reshape(-1)
+
+
+def values_of(packed: PackedWeight, slots: Tensor) -> Tensor:
+    """Take the values of some slots."""
+    return packed.values[slots if packed.codes is None else _by_slot(packed.codes)[slots].long()]
 
 
 def _rows(packed: PackedWeight) -> _Rows:
@@ -56,8 +66,9 @@ def _rows(packed: PackedWeight) -> _Rows:
 def csr(packed: PackedWeight) -> Tensor:
     """Build Torch's own sparse matrix of compressed rows."""
     rows = _rows(packed)
-    values = packed.values[rows.slots] if packed.codes is None else packed.values[packed.codes[rows.slots].long()]
-    return torch.sparse_csr_tensor(rows.row_starts, rows.columns, values, packed.shape, check_invariants=False)
+    return torch.sparse_csr_tensor(
+        rows.row_starts, rows.columns, values_of(packed, rows.slots), packed.shape, check_invariants=False
+    )
 
 
 def torch_forward(x: Tensor, packed: PackedWeight, bias: Tensor | None, relu: bool) -> Tensor:

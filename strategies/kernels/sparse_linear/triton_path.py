@@ -38,13 +38,12 @@ def _kernel(
     block = tile // num_tiles
     first = (tile - block * num_tiles) * WIDTH
     total = tl.zeros((SIZE,), tl.float32)
-    # Groups of four of a step's columns are a 4 x 4 matrix, transposed.
-    place = (lane // 4 % 4 * 4 + lane // 16) * 4 + lane % 4
+    byte = lane % 16 * 4 + lane // 16  # bytes of a step are a 4 x 16 matrix, transposed
     for step in range(tl.load(starts + index), tl.load(starts + index + 1)):
-        column = tl.load(columns + step * SIZE + place).to(tl.int32)
+        column = tl.load(columns + step * SIZE + byte).to(tl.int32)
         slot = step * SIZE + lane
         if CODED:  # noqa: SIM108  (Triton compiles one of the branches)
-            value = tl.load(values + tl.load(codes + slot).to(tl.int32))
+            value = tl.load(values + tl.load(codes + step * SIZE + byte).to(tl.int32))
         else:
             value = tl.load(values + slot)
         total += value * tl.load(x + first + column, mask=column < WIDTH, other=0.0)

@@ -73,6 +73,18 @@ VBMI_TARGET SQUALL_INLINE void look_up_wide(__m512i index, const __m512i *t, con
     join(p[0], p[1], p[2], p[3], out);
 }
 
+/* Ask for the steps a little further on: slices are too short for the processor to foresee them. */
+VBMI_TARGET SQUALL_INLINE void prefetch(const struct linear *w, int64_t slot, const int codes)
+{
+    enum { AHEAD = 32 * SLICE };
+    __builtin_prefetch(w->columns + slot + AHEAD);
+    if (codes)
+        __builtin_prefetch(w->codes + slot + AHEAD);
+    else
+        SQUALL_UNROLL for (int i = 0; i < SLICE; i += 16)
+            __builtin_prefetch((const float *)w->values + slot + AHEAD + i);
+}
+
 /* Codes: 0 none, but values; else the size of the codebook that registers have room for: 32, 128 or 256. */
 VBMI_TARGET SQUALL_INLINE void one_block(const struct linear *w, int64_t block, int64_t part, int64_t sample,
                                          float *total, const int codes)
@@ -80,7 +92,8 @@ VBMI_TARGET SQUALL_INLINE void one_block(const struct linear *w, int64_t block, 
     float book[256] = {0};
     __m512 few[2] = {0};
     __m512i many[8], more[8];
-    const __m512i groups = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    /* Groups of 16 bytes as 4 x 4 matrices, transposed: undoes what `join` does to the order of bytes. */
+    const __m512i turn = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
     if (codes)
         memcpy(book, w->values, (size_t)w->num_codes * sizeof(float));
     if (codes == 32) {
@@ -102,17 +115,17 @@ VBMI_TARGET SQUALL_INLINE void one_block(const struct linear *w, int64_t block, 
             int64_t end = w->starts[slice + 1] * SLICE;
             for (int64_t slot = w->starts[slice] * SLICE; slot < end; slot += SLICE) {
                 __m512 x[4], value[4];
-                look_up(_mm512_loadu_si512(w->columns + slot), table, x);
+                prefetch(w, slot, codes);
+                look_up(_mm512_shuffle_epi8(_mm512_loadu_si512(w->columns + slot), turn), table, x);
                 if (codes == 0) {
                     SQUALL_UNROLL for (int i = 0; i < 4; i++)
                         value[i] = _mm512_loadu_ps((const float *)w->values + slot + 16 * i);
                 } else if (codes == 32) {
+                    __m512i four = _mm512_loadu_si512(w->codes + slot); /* only a lane's lowest 5 bits are looked at */
                     SQUALL_UNROLL for (int i = 0; i < 4; i++)
-                        value[i] = _mm512_permutex2var_ps(
-                            few[0],
-                            _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->codes + slot + 16 * i))), few[1]);
+                        value[i] = _mm512_permutex2var_ps(few[0], _mm512_srli_epi32(four, 8 * i), few[1]);
                 } else {
-                    __m512i index = _mm512_permutexvar_epi32(groups, _mm512_loadu_si512(w->codes + slot));
+                    __m512i index = _mm512_shuffle_epi8(_mm512_loadu_si512(w->codes + slot), turn);
                     if (codes == 128)
                         look_up(index, many, value);
                     else
