@@ -69,6 +69,21 @@ struct conv {
 #define SQUALL_HAS_SHUFFLE 0
 #endif
 
+/* Copy fewer numbers than a register has; too few for a call of memcpy. */
+SQUALL_INLINE void copy_few(float *to, const float *from, int64_t num)
+{
+    enum { HALF = WIDTH / 2, QUARTER = WIDTH / 4 };
+    if (num >= HALF) { /* twice, what overlaps */
+        memcpy(to, from, HALF * sizeof(float));
+        memcpy(to + num - HALF, from + num - HALF, HALF * sizeof(float));
+    } else if (num >= QUARTER) {
+        memcpy(to, from, QUARTER * sizeof(float));
+        memcpy(to + num - QUARTER, from + num - QUARTER, QUARTER * sizeof(float));
+    } else
+        for (int64_t i = 0; i < num; i++)
+            to[i] = from[i];
+}
+
 /* Where a tile begins; returns how many registers it has. */
 static int64_t tile_at(const struct conv *c, int64_t tile, int64_t *begin)
 {

@@ -249,7 +249,8 @@ def _tile(
             block = min(num_inputs, max(1, _L1_BYTES // footprint))
             row_tiles = -(-sizes.out_width * lanes // (tile * WIDTH))
             far = 4 * outputs * tile * WIDTH > _L2_BYTES
-            per_block = block * weights * (tile + 2.0) + (3.2 if far else 2.0) * tile + 8
+            # The last number is the end of a loop that nobody foresees.
+            per_block = block * weights * (tile + 3.0) + (2.4 if far else 2.0) * tile + 20
             per_tile = -(-num_inputs // block) * per_block
             yield -(-numbers // (tile * WIDTH)) * per_tile, tile, 0, block
             # Rows apart leave their gaps out; the last tile of one may be a narrow one.

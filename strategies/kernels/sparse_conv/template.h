@@ -38,19 +38,20 @@ ISA_TARGET static void FN(part)(const float *from, int64_t num, float *to, int64
         if (num == WIDTH)
             *(vector *)(to + lane * distance) = rows[lane];
         else
-            memcpy(to + lane * distance, &rows[lane], (size_t)num * sizeof(float));
+            copy_few(to + lane * distance, (const float *)&rows[lane], num);
 }
 
-/* Bring 16 samples side by side: of `num` pixels, no more than 16, from rows `distance` apart. */
-ISA_TARGET static void FN(join)(const float *from, int64_t distance, int64_t present, int64_t num, float *to)
+/* Bring 16 samples side by side: of `num` pixels, no more than 16, from rows `distance` apart; memory ends at `end`. */
+ISA_TARGET static void FN(join)(const float *from, int64_t distance, int64_t present, int64_t num, const float *end,
+                                float *to)
 {
     vector rows[WIDTH];
     for (int64_t lane = 0; lane < WIDTH; lane++) {
         rows[lane] = (vector){0};
-        if (lane < present && num == WIDTH)
+        if (lane < present && end - from - lane * distance >= WIDTH) /* what is behind `num` goes nowhere */
             rows[lane] = *(const vector *)(from + lane * distance);
         else if (lane < present)
-            memcpy(&rows[lane], from + lane * distance, (size_t)num * sizeof(float));
+            copy_few((float *)&rows[lane], from + lane * distance, num);
     }
     FN(transpose)(rows);
     for (int64_t i = 0; i < num; i++)
@@ -74,13 +75,14 @@ ISA_TARGET static void FN(pack)(void *context, int64_t index, int thread)
         if (lanes == WIDTH && p->stride_x == 1) {
             int64_t distance = p->channels * p->height * p->width, left = p->samples - block * lanes;
             const float *images = p->x + (block * lanes * p->channels + channel) * p->height * p->width + phase_x;
+            const float *end = p->x + p->samples * distance;
             for (int64_t row = 0; row < p->rows; row++) {
                 int64_t y = (p->first_y + row) * p->stride_y + phase_y;
                 if (y < 0 || y >= p->height)
                     continue;
                 for (int64_t x = 0; x < columns; x += WIDTH)
                     FN(join)(images + y * p->width + x, distance, left < lanes ? left : lanes,
-                             columns - x < WIDTH ? columns - x : WIDTH, plane + (row * p->pitch + x) * lanes);
+                             columns - x < WIDTH ? columns - x : WIDTH, end, plane + (row * p->pitch + x) * lanes);
             }
             continue;
         }
@@ -113,6 +115,7 @@ ISA_TARGET SQUALL_INLINE void FN(add)(const int num, const float *in, const floa
     for (int64_t at = begin; at < end; at++) {
         const float *from = in + offsets[at];
         float value = values[at];
+        __asm__("" : "+r"(from)); /* a sum of registers in each product would be an instruction of its own */
         SQUALL_UNROLL
         for (int i = 0; i < num; i++)
             total[i] += value * *(const vector *)(from + i * WIDTH);
