@@ -226,14 +226,16 @@ ISA_TARGET static void FN(forward)(void *context, int64_t index, int thread)
     int64_t begin, num = tile_at(c, tile, &begin);
     float *sums = c->scratch + thread * c->num_scratch;
     const float *in = c->packed + (block * c->groups + group) * c->inputs * c->channel_size + c->guard + begin;
-    for (int64_t inputs = 0; inputs < c->blocks; inputs++)
-        FN(add_tile)(num, c, (group * c->blocks + inputs) * c->outputs + low, high - low,
-                     in + inputs * c->block_size * c->channel_size, sums, inputs == 0);
     struct FN(run) runs[MOST * WIDTH];
     int num_runs = FN(runs_of)(c, begin, num * WIDTH, runs);
-    for (int64_t output = low; output < high; output++)
-        FN(store)(c, block, group * c->outputs + output, num * WIDTH, sums + (output - low) * num * WIDTH, runs,
-                  num_runs);
+    int64_t last = c->blocks - 1, first = group * c->blocks * c->outputs;
+    for (int64_t inputs = 0; inputs < last; inputs++, in += c->block_size * c->channel_size, first += c->outputs)
+        FN(add_tile)(num, c, first + low, high - low, in, sums, inputs == 0);
+    /* While an output waits for the memory that it goes to, the next one is worked on. */
+    for (int64_t output = low; output < high; output++, sums += num * WIDTH) {
+        FN(add_tile)(num, c, first + output, 1, in, sums, last == 0);
+        FN(store)(c, block, group * c->outputs + output, num * WIDTH, sums, runs, num_runs);
+    }
 }
 
 ISA_TARGET SQUALL_INLINE float FN(sum)(vector v)
