@@ -82,7 +82,8 @@ class Arranged(NamedTuple):
 
 def _as_bytes(slots: NDArray[Any]) -> NDArray[Any]:
     """Bring what is one byte a slot into the order in which that is stored."""
-    return slots.reshape(-1, 4, SLICE // 4).transpose(0, 2, 1).reshape(-1)
+    stored: NDArray[Any] = slots.reshape(-1, 4, SLICE // 4).transpose(0, 2, 1).reshape(-1)
+    return stored
 
 
 def arrange(places: NDArray[Any], num_rows: int, num_columns: int, row_block: int) -> Arranged | None:
