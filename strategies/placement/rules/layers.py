@@ -78,7 +78,7 @@ def _needed(value: Tensor, dim: int, need: Partition, spec: Spec) -> Tensor:
     if own is not None and own.dim != dim:
         value, own = whole(value, spec.name), None
     if own is not None:
-        return exchange(_autocast(value), dim, own.partition, need, columns, spec.name)
+        return exchange(autocast(value), dim, own.partition, need, columns, spec.name)
     value = share(value, columns, spec.name)
     held = need.ranges[rank]
     if held == ((0, need.size),):
@@ -86,7 +86,7 @@ def _needed(value: Tensor, dim: int, need: Partition, spec: Spec) -> Tensor:
     return torch.cat([value.narrow(dim, start, stop - start) for start, stop in held], dim)
 
 
-def _autocast(value: Tensor) -> Tensor:
+def autocast(value: Tensor) -> Tensor:
     """What the layer will be computed in is what travels: half the bytes, the same numbers."""
     device = value.device.type
     if value.dtype is torch.float32 and torch.is_autocast_enabled(device):
