@@ -13,11 +13,13 @@ from .downpour import DownpourStrategy
 from .hogwild import HogwildStrategy
 from .injector import EventInjector
 from .sparse import SparseStrategy
+from .spatial_parallel import SpatialParallelStrategy
 
 __version__ = "0.1.0"
 
 _STRATEGIES: tuple[tuple[str, type[Strategy], dict[str, Any], str], ...] = (
     ("column_parallel", ColumnParallelStrategy, {}, "Each layer's channels split over the ranks (Krizhevsky 2012)"),
+    ("spatial_parallel", SpatialParallelStrategy, {}, "Images split in tiles over the ranks (Coates 2013)"),
     ("downpour", DownpourStrategy, {}, "Asynchronous workers around sharded parameter servers (Dean 2012)"),
     ("hogwild", HogwildStrategy, {}, "Asynchronous workers in one host's shared memory, without a lock (Recht 2011)"),
     ("sparse", SparseStrategy, {}, "Few weights, from the first step to the last (Dettmers 2019)"),
@@ -33,6 +35,7 @@ __all__ = [
     "EventInjector",
     "HogwildStrategy",
     "SparseStrategy",
+    "SpatialParallelStrategy",
     "consistency",
     "kernels",
     "placement",
