@@ -101,10 +101,33 @@ class _Depart(torch.autograd.Function):
             padded = [_padded(grad, piece, ctx.shape) for grad, piece in zip(grads, ctx.rectangles, strict=False)]
             # The tie adds nothing but its history, which a rank without fringes needs to answer the others.
             return ctx.flow.come_home(sum(padded, grads[-1].new_zeros(ctx.shape) + grads[-1].sum())), None, None
-        own = grads[-1].new_zeros(ctx.shape)
-        for grad, rectangle in zip(grads, ctx.rectangles, strict=False):
-            _piece(own, rectangle).add_(grad)
+        found = list(zip(grads, ctx.rectangles, strict=False))
+        # Where the interior reads the whole tile, its gradient is fresh and nobody else's: no memory for another one.
+        own = next((grad for grad, _ in found if grad.shape == ctx.shape and grad.is_contiguous()), None)
+        if own is None:
+            own = grads[-1].new_zeros(ctx.shape)
+        for grad, rectangle in found:
+            if grad is not own:
+                _piece(own, rectangle).add_(grad)
         return ctx.flow.come_home(own), None, None
+
+
+class _Join(torch.autograd.Function):
+    """Concatenate; backward, parts in memory of their own, so that the whole gradient can go before they are used."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: int, *parts: Tensor) -> Tensor:
+        ctx.dim, ctx.sizes = dim, [part.shape[dim] for part in parts]
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, *(part.contiguous() for part in grad.split(ctx.sizes, ctx.dim)))
+
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    result: Tensor = _Join.apply(dim, *parts) if len(parts) > 1 else parts[0]
+    return result
 
 
 def _none_of(grad: Tensor) -> Tensor:
@@ -122,19 +145,6 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         ctx.flow.send_home(grad)
         return _none_of(grad), None
-
-
-class _Tied(torch.autograd.Function):
-    """A rank whose outputs read no fringe has others' gradients to wait for all the same."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, *ties: Tensor) -> Tensor:
-        ctx.num_ties = len(ties)
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return (grad, *(_none_of(grad) for _ in range(ctx.num_ties)))
 
 
 def _piece(tensor: Tensor, rectangle: Rectangle) -> Tensor:
@@ -254,9 +264,15 @@ class _Job:
             for span, piece in ((across.first, left), (across.last, right))
         ]
         column = [part for part in (ends[0], interior, ends[1]) if part is not None]
-        return self._concatenated(
-            [made[0], torch.cat(column, high) if column else None, made[1]], wide, (tie, second_tie)
+        result = self._concatenated(
+            [made[0], _join(column, high) if column else None, made[1]], wide, (tie, second_tie)
         )
+        if flow.need.sizes[flow.axis.columns.rank]:
+            return result
+        # Nothing here reads that fringe, but others' gradients have to be waited for all the same.
+        shape = list(result.shape)
+        shape[wide] = 0
+        return torch.cat([result, second_tie.reshape(shape)], wide)
 
     def _joined(self, fetched: Tensor, along: Reach, own: Tensor, inputs: Range, dim: int) -> Tensor:
         """A range of inputs, put together of the fringe before the tile, the tile's own piece, the fringe behind."""
@@ -280,9 +296,9 @@ class _Job:
 
     def _concatenated(self, parts: Sequence[Tensor | None], dim: int, ties: tuple[Tensor, ...]) -> Tensor:
         made = [part for part in parts if part is not None]
-        result = made[0] if len(made) == 1 else torch.cat(made, dim) if made else self._nothing()
-        tied: Tensor = _Tied.apply(result, *ties)
-        return tied
+        if not made:
+            return self._nothing() + torch.cat(ties).sum()
+        return _join(made, dim)
 
     def _nothing(self) -> Tensor:
         """A tile without outputs, in the shape that the others have beside: what a window makes, none of it taken."""

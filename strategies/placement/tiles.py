@@ -32,6 +32,7 @@ class Grid:
     def __init__(self, everyone: Columns, lines: tuple[Columns, ...]) -> None:
         self.everyone = everyone
         self.lines = lines
+        self.layer = ""  # that is at work, if it has no parameter to carry its name
         for line in lines:
             line.ledger = everyone.ledger
 

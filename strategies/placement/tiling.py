@@ -155,6 +155,19 @@ def _derive(dry: nn.Module, example_input: Any, grid: Grid, overrides: Mapping[s
     return Layout(table.num_columns, tuple(rows), tuple(sent.items()))
 
 
+class _Named:
+    """Says which layer is at work, for the ledger, where no parameter does."""
+
+    def __init__(self, name: str, grid: Grid) -> None:
+        self.name, self.grid = name, grid
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Named:
+        return self
+
+    def __call__(self, *_: Any) -> None:
+        self.grid.layer = self.name
+
+
 class _Entrance:
     """Cuts what a layer is given, or gathers it, as the layout says."""
 
@@ -216,6 +229,9 @@ def place_tiles(module: nn.Module, layout: Layout, grid: Grid) -> list[Removable
                 make_split(parameter, even_tiles(grid, 0, places, row.name))
             else:
                 parameter._squall_layer = row.name  # type: ignore[attr-defined]
+        if isinstance(layer, _POOLS):
+            handles.append(layer.register_forward_pre_hook(_Named(row.name, grid)))
+            handles.append(layer.register_forward_hook(_Named("", grid), always_call=True))
         is_cut = row.split == TILES and isinstance(layer, CONVOLUTIONS)
         if is_cut or row.reason == "by layout":
             entrance = _Entrance(row.name, row.split, num_places(layer), grid, cut_before)

@@ -50,7 +50,7 @@ def test_the_groups_are_those_that_users_know():
     assert names >= {"strategy", "model", "data", "trainer", "callbacks", "logger", "experiment"}
     assert options("strategy") == [
         "column_parallel", "ddp", "deep_compression", "downpour", "hogwild", "rigl", "set", "single", "sparse_momentum",
-        "static_mask",
+        "spatial_parallel", "static_mask",
     ]  # fmt: skip
 
 

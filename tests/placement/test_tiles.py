@@ -11,7 +11,7 @@ from tests.ranks import run
 
 from .networks import ConcatNet, Shuffle, dropouts, response_norm
 from .parity import check
-from .tiled_networks import Encoder, Padded, Pools, ShortMaps, gradient_penalty
+from .tiled_networks import Autoencoder, Encoder, Padded, Pools, ShortMaps, Untied, gradient_penalty
 
 GRIDS = [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2)]
 SMALL = {
@@ -23,6 +23,8 @@ SMALL = {
     "padded": (Padded, (2, 3, 13, 11)),
     "short_maps": (ShortMaps, (3, 3, 13, 9)),
     "encoder": (Encoder, (2, 3, 16, 12)),
+    "untied": (Untied, (3, 2, 13, 11)),
+    "autoencoder": (Autoencoder, (2, 1, 15, 15)),
 }
 MODELS = {
     "alexnet": (partial(models.AlexNet, 10, 32, width=0.125), (3, 3, 32, 32)),

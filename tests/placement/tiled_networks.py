@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from squall.kernels import locally_connected_transpose2d
+from squall.models import LocallyConnected2d, LocallyConnectedAutoencoder
 from squall.placement import make_grid, place_tiles, plan_tiles
 
 from .parity import assert_close, world_columns
@@ -53,7 +55,7 @@ class Padded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(torch.sigmoid(self.reflect(x)), (1, 2, 3, 0), value=0.3)
-        x = F.pad(self.circular(x), (0, -1, -2, 1))
+        x = F.pad(self.circular(x), (0, -1, -2, 1)).mul_(2)
         return self.sparse(torch.tanh(self.large(x)))
 
 
@@ -72,7 +74,7 @@ class ShortMaps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.first(x)))
-        x = F.leaky_relu(self.group_norm(self.second(x)))
+        x = F.leaky_relu(self.group_norm(F.relu(self.second(x), inplace=True)))
         return self.last(self.instance_norm(self.third(x)).flatten(1))
 
 
@@ -111,3 +113,30 @@ def gradient_penalty(tiles: tuple[int, int]) -> None:
         assert (expected.grad is None) == (actual.grad is None), name
         if expected.grad is not None:
             assert_close(actual.grad, expected.grad, name)
+
+
+class Untied(nn.Module):
+    """Locally connected layers between ordinary ones, and their transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = LocallyConnected2d(2, 3, (13, 11), 4, stride=2)
+        self.second = nn.Conv2d(3, 4, 3, padding=1)
+        self.third = LocallyConnected2d(4, 2, (5, 4), 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.third(torch.tanh(self.second(self.first(x)))))
+        back = locally_connected_transpose2d(y, self.third.weight, (5, 4))
+        return y.mean((2, 3)).sum(1, keepdim=True) + F.softplus(back).flatten(1)
+
+
+class Autoencoder(nn.Module):
+    """The objective of the paper's network, and its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = LocallyConnectedAutoencoder(image_size=15, num_filters=3, kernel_size=5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        error, activity = self.net.loss(x)
+        return self.net(x).flatten(1) + 10 * error + activity

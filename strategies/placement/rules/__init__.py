@@ -1,6 +1,6 @@
 """What each torch function does to split tensors, a file for each kind of function.
 
-Most rules are for columns, some for all that is split; those in ``windows`` and ``tile_*`` are for tiles.
+Most rules are for columns, some for all that is split; those in ``windows``, ``untied`` and ``tile_*`` are for tiles.
 
 A handler that returns ``NotImplemented`` has the arguments gathered, so a rule only ever makes things faster.
 """
@@ -16,6 +16,7 @@ from . import (
     shapes,
     tile_norms,
     tile_shapes,
+    untied,
     windows,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "shapes",
     "tile_norms",
     "tile_shapes",
+    "untied",
     "windows",
 ]

@@ -198,6 +198,6 @@ def _pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rest = [0 if dim in spec.dims else side for dim in reversed(range(value.ndim)) for side in sides[dim]]
 
     def compute(block: Tensor, outputs: tuple[Range, ...]) -> Tensor:
-        return F.pad(block, rest, value=fill) if any(rest) else block
+        return F.pad(block, rest, value=fill)
 
     return wrap(*over_windows(value, spec, windows, compute, fill, layer_of([value]) or "pad"))

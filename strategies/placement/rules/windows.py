@@ -114,7 +114,7 @@ def _pool(num_dims: int, keys: tuple[str, ...], fill: float) -> Callable[[Any, t
             result: Tensor = func(block, **options)
             return result
 
-        result, made = over_windows(value, spec, windows, compute, fill, func.__name__)
+        result, made = over_windows(value, spec, windows, compute, fill, spec.grid.layer or func.__name__)
         if fill == 0.0 and named.get("divisor_override") is None:
             for axis, window in zip(made.axes, windows, strict=True):
                 result = _recounted(result, axis.dim, axis.partition.ranges[axis.columns.rank], window, named)
@@ -167,16 +167,16 @@ def _adaptive(num_dims: int, averages: bool) -> Callable[[Any, tuple[Any, ...], 
         ]
         if 0 in sizes:
             return NotImplemented
-        num_axes = len(spec.axes)
+        num_axes, name = len(spec.axes), spec.grid.layer or func.__name__
         if averages and sizes[:num_axes] == [1] * num_axes:  # of all places: what one rank has of it is one number
             count = math.prod(shape[:num_axes])
-            total = add_up(value.sum(spec.dims, keepdim=True), spec.columns, func.__name__)
+            total = add_up(value.sum(spec.dims, keepdim=True), spec.columns, name)
             return func(total / count, sizes)
         made = []
         for position, axis in enumerate(spec.axes):
             last = position == num_axes - 1
             wanted: list[int | None] = [None] * num_axes + sizes[num_axes:] if last else [None] * num_dims
-            value = _pool_axis(func, value, axis, sizes[position], wanted, position)
+            value = _pool_axis(func, value, axis, sizes[position], wanted, position, name)
             made.append(Partition.even(sizes[position], axis.columns.num_columns))
         return wrap(value, spec.resized(tuple(made)))
 
@@ -187,7 +187,9 @@ def _each_or_none(value: Any, num_dims: int) -> tuple[int | None, ...]:
     return (value,) * num_dims if value is None else _each(value, num_dims)
 
 
-def _pool_axis(func: Any, value: Tensor, axis: Any, size: int, wanted: list[int | None], position: int) -> Tensor:
+def _pool_axis(
+    func: Any, value: Tensor, axis: Any, size: int, wanted: list[int | None], position: int, name: str
+) -> Tensor:
     """Adaptive pooling along one split dimension, window by window."""
     outputs = Partition.even(size, axis.columns.num_columns)
     length = axis.partition.size
@@ -199,7 +201,7 @@ def _pool_axis(func: Any, value: Tensor, axis: Any, size: int, wanted: list[int 
         length,
         tuple(tuple((window(held[0][0])[0], window(held[0][1] - 1)[1]) for _ in held) for held in outputs.ranges),
     )
-    fetched = exchange(value, axis.dim, axis.partition, need, axis.columns, func.__name__)
+    fetched = exchange(value, axis.dim, axis.partition, need, axis.columns, name)
     sizes = [1 if place == position else asked for place, asked in enumerate(wanted)]
     for place, asked in enumerate(sizes):
         if asked is None:
