@@ -4,7 +4,9 @@
 
 The convolutional part of a network (VGG-16's and the 2012 network's), forward and backward, in a process of its own for
 each rank. What counts is the largest resident set (``VmHWM``) above that of the process before its first step, with
-weights and images in place: activations, gradients, and what passes through. Ranks are real processes on gloo.
+weights and images in place: activations, gradients, and what passes through. Ranks are real processes on gloo. The C
+library gives what is freed back at once (``MALLOC_MMAP_THRESHOLD_``): by itself it keeps blocks of up to 32 MB, which a
+rank's tensors are and those of the whole image aren't, and so it would be measured.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--num-tiles", type=int, default=4)
     parser.add_argument("--markdown", action="store_true", help="print the table as benchmarks/tiles.md has it")
     options = parser.parse_args()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # in the ranks
     heads = ("network", "one rank, MB", f"{options.num_tiles} ranks, MB each", "ratio")
     rows = []
     for name in NETWORKS:

@@ -16,7 +16,7 @@ from torch import Tensor
 from squall.models import LocallyConnectedAutoencoder, PhotographDataModule
 
 
-def main(num_steps: int = 2500) -> None:
+def main(num_steps: int = 2000) -> None:
     """Train on patches of two photographs, and draw the filters of every other place."""
     seed_everything(0)
     net = LocallyConnectedAutoencoder()

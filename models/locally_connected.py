@@ -94,10 +94,11 @@ class LocallyConnectedAutoencoder(LightningModule):
         stride: Places between two filters.
         pool_size: Side of the square of places over which responses of a filter are pooled, odd.
         sparsity: Weight of the second term.
-        lr: Learning rate of Adam.
+        lr: Learning rate of AdamW, which falls to 0 along a cosine over the run.
+        weight_decay: What images say nothing of, such as the finest detail, is to fade from the filters.
 
     Example:
-        >>> net = LocallyConnectedAutoencoder(image_size=16, num_filters=3, kernel_size=8)
+        >>> net = LocallyConnectedAutoencoder(image_size=16, num_filters=3)
         >>> net(torch.zeros(2, 1, 16, 16)).shape
         torch.Size([2, 3, 5, 5])
 
@@ -105,21 +106,22 @@ class LocallyConnectedAutoencoder(LightningModule):
 
     def __init__(
         self,
-        image_size: int = 24,
+        image_size: int = 16,
         in_channels: int = 1,
         num_filters: int = 8,
-        kernel_size: int = 10,
+        kernel_size: int = 8,
         stride: int = 2,
         pool_size: int = 3,
-        sparsity: float = 0.1,
-        lr: float = 2e-3,
+        sparsity: float = 0.5,
+        lr: float = 5e-3,
+        weight_decay: float = 0.3,
     ) -> None:
         super().__init__()
         at_least("pool_size", pool_size, 1)
         if pool_size % 2 == 0:
             raise ValueError(f"pool_size must be odd, so that pooling keeps the places, got {pool_size}")
         self.filters = LocallyConnected2d(in_channels, num_filters, image_size, kernel_size, stride, bias=False)
-        self.pool_size, self.sparsity, self.lr = pool_size, sparsity, lr
+        self.pool_size, self.sparsity, self.lr, self.weight_decay = pool_size, sparsity, lr, weight_decay
         self.example_input_array = torch.zeros(1, in_channels, image_size, image_size)
 
     def _pool(self, squares: Tensor) -> Tensor:
@@ -158,5 +160,10 @@ class LocallyConnectedAutoencoder(LightningModule):
         return error + self.sparsity * activity
 
     def configure_optimizers(self) -> Any:
-        """Adam."""
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
+        """AdamW, with a schedule of steps where a Trainer says how many there will be."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        if self._trainer is None:
+            return optimizer
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -20,7 +20,7 @@ class PhotographDataModule(ImageDataModule):
     Args:
         batch_size: Patches in a batch.
         num_workers: Processes that load.
-        image_size: Side of a patch, None for 24.
+        image_size: Side of a patch, None for 16.
         seed: Of the patches' places.
         num_images: Training patches.
 
@@ -32,7 +32,7 @@ class PhotographDataModule(ImageDataModule):
         >>> data = PhotographDataModule(num_images=100)
         >>> data.setup()
         >>> data.train_set[3][0].shape
-        torch.Size([1, 24, 24])
+        torch.Size([1, 16, 16])
 
     """
 
@@ -47,7 +47,7 @@ class PhotographDataModule(ImageDataModule):
         seed: int = 0,
         num_images: int = 20_000,
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, seed, native_size=24)
+        super().__init__(batch_size, num_workers, image_size, seed, native_size=16)
         at_least("num_images", num_images, 10)
         self.num_images = num_images
 
