@@ -1,6 +1,7 @@
 """Peak memory of a rank that trains on large images, whole and in tiles.
 
-``python benchmarks/tiles.py [--image-size 1024] [--num-images 1] [--width 0.5] [--num-tiles 4] [--markdown]``
+``python benchmarks/tiles.py [--networks AlexNet] [--image-size 1024] [--num-images 1] [--width 0.5] [--num-tiles 4]``,
+with ``--markdown`` as in ``tiles.md``.
 
 The convolutional part of a network (VGG-16's and the 2012 network's), forward and backward, in a process of its own for
 each rank. What counts is the largest resident set (``VmHWM``) above that of the process before its first step, with
@@ -87,6 +88,7 @@ def measured(options: argparse.Namespace, name: str, num_tiles: int) -> float:
 def main() -> None:
     """Measure both networks, whole and in tiles."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--num-images", type=int, default=1)
     parser.add_argument("--width", type=float, default=0.5)
@@ -96,7 +98,7 @@ def main() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # in the ranks
     heads = ("network", "one rank, MB", f"{options.num_tiles} ranks, MB each", "ratio")
     rows = []
-    for name in NETWORKS:
+    for name in options.networks:
         alone, tiled = (measured(options, name, num_tiles) for num_tiles in (1, options.num_tiles))
         rows.append((name, f"{alone:.0f}", f"{tiled:.0f}", f"{tiled / alone:.3f}"))
     if options.markdown:

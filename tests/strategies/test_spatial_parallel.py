@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import squall
-from squall.placement.tensor import SplitTensor
+from squall.models import LocallyConnectedAutoencoder
+from squall.placement.tensor import SplitTensor, no_dispatch
 from tests.ranks import run
 
 
@@ -167,6 +168,42 @@ def test_validate_test_and_predict(tmp_path: Path) -> None:
         torch.testing.assert_close(result["predicted"], alone["predicted"], rtol=1e-10, atol=1e-12)
         assert result["tested"][0]["val_loss"] == pytest.approx(alone["tested"][0]["val_loss"], rel=1e-10)
         assert result["validated"][0]["val_loss"] == pytest.approx(alone["validated"][0]["val_loss"], rel=1e-10)
+
+
+class Untied(LocallyConnectedAutoencoder):
+    """Looks at what of its weights this rank holds."""
+
+    held = 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        with no_dispatch():
+            self.held = self.filters.weight.numel()
+
+
+def autoencoded(path: str, num_tiles: int, save: str = "") -> dict[str, Any]:
+    torch.manual_seed(3)
+    module = Untied(num_filters=3).double()
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(12, 1, 16, 16, generator=generator, dtype=torch.float64)
+    strategy = squall.SpatialParallelStrategy(num_tiles) if num_tiles > 1 else "auto"
+    fit = trainer(path, strategy, num_tiles, gradient_clip_val=0.01)
+    fit.fit(module, DataLoader(images, batch_size=4))
+    if save:
+        fit.save_checkpoint(save)
+    return {"state": dict(module.state_dict()), "held": module.held}
+
+
+def test_untied_weights_live_only_on_their_tile(tmp_path: Path) -> None:
+    alone = autoencoded(str(tmp_path), 1)
+    whole = alone["state"]["filters.weight"].numel()
+    path = str(tmp_path / "tiles.ckpt")
+    results = run(2, autoencoded, str(tmp_path), 2, path, lightning=True)
+    assert [result["held"] for result in results] == [whole * 3 // 5, whole * 2 // 5]
+    for result in results:
+        assert_same(result["state"], alone["state"])
+    saved = torch.load(path, weights_only=False)
+    assert_same(saved["state_dict"], alone["state"])
+    assert saved["optimizer_states"][0]["state"][0]["exp_avg"].shape == alone["state"]["filters.weight"].shape
 
 
 # ------------------------------------------------------------------ what is refused
