@@ -48,7 +48,7 @@ class LocallyConnected2d(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        sides = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("stride", stride)):
             at_least(name, value, 1)
         at_least("image_size", min(sides), kernel_size)

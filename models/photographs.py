@@ -107,5 +107,6 @@ def whiten(photograph: Tensor) -> Tensor:
     down, across = torch.fft.fftfreq(photograph.shape[0])[:, None], torch.fft.rfftfreq(photograph.shape[1])
     frequency = (down.square() + across.square()).sqrt()
     gain = frequency * torch.exp(-((frequency / 0.4) ** 4))
-    result = torch.fft.irfft2(torch.fft.rfft2(photograph) * gain, photograph.shape)
-    return (result - result.mean()) / result.std()
+    result: Tensor = torch.fft.irfft2(torch.fft.rfft2(photograph) * gain, photograph.shape)
+    white: Tensor = (result - result.mean()) / result.std()
+    return white
