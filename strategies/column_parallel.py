@@ -16,28 +16,23 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from ._mesh import MeshStrategy
+from ._placing import INTERRUPTED, log_graph, num_images, refuse_interrupted, run_eagerly
 from .placement import checkpoint as distributed_checkpoint
 from .placement.batches import BatchSource
 from .placement.columns import Crossing
 from .placement.layout import Layout, derive_layout, plan_layout, read_layout
-from .placement.module import place, split_parameters, unplace, whole_state_dict
+from .placement.module import place, unplace, whole_state_dict
 from .placement.optimizers import gather_optimizer_state, take_optimizer_state, whole_optimizer_state, wrap_step
 from .placement.rules.norms import synchronize_buffers
 from .placement.tensor import no_dispatch, whole
-
-_INTERRUPTED = (
-    "The run broke off, and the weights are still split over its ranks. "
-    "Load the last checkpoint into a fresh module to go on."
-)
 
 
 class ColumnParallelStrategy(MeshStrategy):
@@ -143,8 +138,7 @@ class ColumnParallelStrategy(MeshStrategy):
         """Place the module, then let the optimizers see what this rank holds."""
         assert self.accelerator is not None
         assert self.lightning_module is not None
-        if next(split_parameters(self.lightning_module), None) is not None:
-            raise MisconfigurationException(_INTERRUPTED)
+        refuse_interrupted(self.lightning_module)
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._layer_sync and self.data_parallel_size > 1:
@@ -152,9 +146,10 @@ class ColumnParallelStrategy(MeshStrategy):
         self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         self._broadcast_module(self.lightning_module)
-        self._run_eagerly(self.lightning_module)
+        if self.num_columns > 1 and self._stance is None:
+            self._stance = run_eagerly(self.lightning_module)
         self.layout = self._derive(self.lightning_module)
-        self._log_graph(trainer)
+        log_graph(self.lightning_module, trainer.loggers)
         place(self.lightning_module, self.layout, self._columns)
         self._adopt_metrics(self.lightning_module)
         if fitting:
@@ -164,29 +159,6 @@ class ColumnParallelStrategy(MeshStrategy):
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
-
-    def _run_eagerly(self, module: LightningModule) -> None:
-        """Keep torch.compile out of code whose tensors know more than their values, for as long as they do."""
-        if self.num_columns == 1 or self._stance is not None:
-            return
-        from torch._dynamo import OptimizedModule  # takes long to import
-
-        compiled = [name for name, part in module.named_modules() if isinstance(part, OptimizedModule)]
-        if compiled or module._compiler_ctx is not None:
-            rank_zero_warn(
-                f"{', '.join(compiled) or type(module).__name__} is compiled, but in columns it runs uncompiled: "
-                "torch.compile can't follow channels that other ranks hold. Leave torch.compile out to silence this."
-            )
-        self._stance = torch.compiler.set_stance("force_eager")
-
-    def _log_graph(self, trainer: Trainer) -> None:
-        """Let loggers trace the module while it is whole: they do it on rank 0 alone, where no column would answer."""
-        module = self.lightning_module
-        assert module is not None
-        for logger in trainer.loggers:
-            if getattr(logger, "_log_graph", False):
-                logger.log_graph(module)
-                logger._log_graph = False  # type: ignore[attr-defined]
 
     def _derive(self, module: LightningModule) -> Layout:
         example = module.example_input_array
@@ -228,7 +200,7 @@ class ColumnParallelStrategy(MeshStrategy):
         if self._in_training_step:
             self._last_crossings = self._columns.ledger.crossings
         self._in_training_step = training
-        self._columns.ledger.start_step(_num_images(args[0]) if args else 1)
+        self._columns.ledger.start_step(num_images(args[0]) if args else 1)
 
     def _step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         output = step(*args, **kwargs)
@@ -313,7 +285,7 @@ class ColumnParallelStrategy(MeshStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Nobody answers any more: keep teardown from asking, and hang up, so that those who wait hear of it."""
-        self._columns.close(_INTERRUPTED)
+        self._columns.close(INTERRUPTED)
         self._release()
         self.device_mesh = None
         super().on_exception(exception)
@@ -329,10 +301,3 @@ class ColumnParallelStrategy(MeshStrategy):
             self._stance.__exit__(None, None, None)
             self._stance = None
         super().teardown()
-
-
-def _num_images(batch: Any) -> int:
-    try:
-        return extract_batch_size(batch)
-    except MisconfigurationException:
-        return 1
