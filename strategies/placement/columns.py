@@ -85,6 +85,9 @@ class Columns:
 
     """
 
+    losses_differ = False
+    """Whether each rank has examples and a loss of its own, and what is trained is the mean of these."""
+
     def __init__(self, group: dist.ProcessGroup | None = None, rank: int = 0, num_columns: int = 1) -> None:
         self.group = group
         self.rank = rank
@@ -118,15 +121,24 @@ class Columns:
             RuntimeError: If the columns have been closed.
 
         """
+        for work in self.start_swap(sends, receives):
+            work.wait()
+
+    def start_swap(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> list[dist.Work]:
+        """Begin a :meth:`swap`, and return what to wait for. The tensors must stay as they are until then.
+
+        Raises:
+            RuntimeError: If the columns have been closed.
+
+        """
         if self._closed:
             raise RuntimeError(self._closed)
         operations = [
             dist.P2POp(dist.irecv, tensor, self._peers[peer], self.group) for peer, tensor in receives.items()
         ]
         operations += [dist.P2POp(dist.isend, tensor, self._peers[peer], self.group) for peer, tensor in sends.items()]
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+        works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
+        return works
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add ``tensor`` up over the columns, in place."""
