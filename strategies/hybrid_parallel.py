@@ -15,11 +15,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn.parallel.distributed import DistributedDataParallel
 from torch.optim import Optimizer
 
+from . import _zero
 from ._placing import INTERRUPTED, log_graph, num_images, refuse_interrupted, run_eagerly
 from .launching import DDPStrategy
 from .placement import checkpoint as distributed_checkpoint
@@ -57,6 +59,10 @@ class HybridParallelStrategy(DDPStrategy):
     Args:
         scheme: Which examples go through a linear layer together (section 4): ``"a"``, all at once; ``"b"``, one rank's
             at a time; ``"c"``, a part of every rank's at a time, so that all links are busy in every pass.
+        zero_stage: How what is replicated is trained: by DeepSpeed's ZeRO (Rajbhandari et al. 2020), which partitions
+            its optimizer state (1), gradients (2) and weights (3) over the ranks, or nothing (0), on any device;
+            ``None`` is torch's DDP. The function is the same. Where DeepSpeed is not installed, or can't do what the
+            training needs, 0 and 1 are DDP, with a warning that says why, and 2 and 3 are an error.
         fc_update: When linear layers are updated: once a ``"step"``, or after every ``"pass"`` with the gradients of
             its examples (section 4.1, variable batch size; schemes with several passes). Then ``training_step`` is
             called once a pass, with its part of the batch, and convolutions are updated once all are through.
@@ -65,6 +71,7 @@ class HybridParallelStrategy(DDPStrategy):
             so do convolutions always, and linear layers unless they are updated after every pass.
         layout: ``"auto"``, or what differs from it: ``{linear layer or pattern: "columns" | "whole"}``, a
             :class:`~squall.placement.Layout`, or the path of a YAML file with such lines.
+        deepspeed_config: Entries of DeepSpeed's configuration, or the path of a file with some.
         **options: Passed on to Lightning's ``DDPStrategy``.
 
     Raises:
@@ -93,15 +100,19 @@ class HybridParallelStrategy(DDPStrategy):
     def __init__(
         self,
         scheme: Scheme = "c",
+        zero_stage: Literal[0, 1, 2, 3] | None = 1,
         *,
         fc_update: Literal["step", "pass"] = "step",
         lr_rule: LearningRateRule = "none",
         layout: str | Path | Mapping[str, str] | Layout = "auto",
+        deepspeed_config: Mapping[str, Any] | str | Path | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         check_scheme(scheme)
         check_learning_rate_rule(lr_rule)
+        if zero_stage not in (None, 0, 1, 2, 3) or isinstance(zero_stage, bool):
+            raise MisconfigurationException(f"zero_stage={zero_stage!r} must be 0, 1, 2, 3, or None for DDP.")
         if fc_update not in ("step", "pass"):
             raise MisconfigurationException(f"fc_update={fc_update!r} must be 'step' or 'pass'.")
         if fc_update == "pass" and scheme != "c":
@@ -110,10 +121,13 @@ class HybridParallelStrategy(DDPStrategy):
                 "updated by. Use scheme='c', or fc_update='step'."
             )
         self.scheme: Scheme = scheme
+        self.zero_stage = zero_stage
         self.fc_update = fc_update
         self.lr_rule: LearningRateRule = lr_rule
         self.layout: Layout | None = None
         self._overrides = dict(read_layout(layout))
+        self._deepspeed_config = _zero.read_config(deepspeed_config, zero_stage)
+        self._engine: _zero.ZeroEngine | None = None
         self._columns = ExampleColumns(None, 0, 1, scheme)
         self._crossings: list[Crossing] = []
         self._timeline: list[Event] = []
@@ -143,13 +157,12 @@ class HybridParallelStrategy(DDPStrategy):
         super().setup(trainer)
 
     def configure_ddp(self) -> None:
-        """Split the linear layers, and put torch's DDP around the rest."""
+        """Split the linear layers. What averages the gradients of the rest comes with the optimizers."""
         module = self.lightning_module
         assert module is not None
         self.layout = plan_hybrid(module, self.world_size, self._overrides)
         if self.world_size > 1:
             self._place(module, self.layout)
-        super().configure_ddp()
 
     def _place(self, module: LightningModule, layout: Layout) -> None:
         self._stance = self._stance or run_eagerly(module)
@@ -184,7 +197,7 @@ class HybridParallelStrategy(DDPStrategy):
             raise MisconfigurationException(f"fc_update='pass' can't be done with {problem}. Use fc_update='step'.")
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Make optimizers right for split parameters."""
+        """Make optimizers right for split parameters, and put DeepSpeed or torch's DDP around the module."""
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             wrap_step(optimizer, self.reduce if self.world_size > 1 else None)
@@ -197,6 +210,25 @@ class HybridParallelStrategy(DDPStrategy):
             raise MisconfigurationException(
                 f"fc_update='pass' needs one optimizer, not {len(self.optimizers)}. Use fc_update='step'."
             )
+        module = self.lightning_module
+        if self.zero_stage is None or self.world_size == 1:
+            super().configure_ddp()
+            return
+        reason = _zero.reason_against(module, trainer, self.optimizers, self.fc_update, self.precision_plugin)
+        if reason and self.zero_stage >= 2:
+            raise MisconfigurationException(
+                f"zero_stage={self.zero_stage} is not possible: {reason}. Use zero_stage=None, which is torch's DDP."
+            )
+        if reason:
+            rank_zero_warn(
+                f"zero_stage={self.zero_stage} is done without, by torch's DDP, with optimizer state on every rank: "
+                f"{reason}. Use zero_stage=None to silence this."
+            )
+            super().configure_ddp()
+            return
+        assert module is not None
+        self._engine = _zero.ZeroEngine(module, self.optimizers[0], self._deepspeed_config, self.root_device)
+        self.model = self._engine.engine
 
     # ------------------------------------------------------------------ steps
 
@@ -221,6 +253,19 @@ class HybridParallelStrategy(DDPStrategy):
         self._in_training_step = False
         self._columns.start_step(num_images(args[0]) if args else 1)
 
+    def on_validation_start(self) -> None:
+        """Every rank validates with the first one's running statistics, as under DDP."""
+        self._share_buffers()
+
+    def on_train_end(self) -> None:
+        """Every rank ends with the first one's running statistics."""
+        self._share_buffers()
+
+    def _share_buffers(self) -> None:
+        if self._engine is not None and self.lightning_module is not None:  # DDP does it by itself
+            for buffer in self.lightning_module.buffers():
+                dist.broadcast(buffer, src=0)
+
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Run the user's step."""
         self._start_evaluation(args)
@@ -238,15 +283,29 @@ class HybridParallelStrategy(DDPStrategy):
         values["crossings/seconds_waiting"] = sum(event.waited for event in self._timeline)
         module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute all gradients."""
+        if self._engine is None:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        assert self.lightning_module is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self._engine.backward(closure_loss)
+        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Note what DDP has sent."""
+        """Note what averaging gradients sends, in a ring: once around to add up, once for all to have it."""
         super().post_backward(closure_loss)
-        model = self.model
-        if self.world_size > 1 and isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync:
-            for parameter in model.parameters():
-                if parameter.requires_grad and not isinstance(parameter, ColumnParameter):
-                    sent = 2 * (self.world_size - 1) * parameter.numel() // self.world_size  # all-reduce in a ring
-                    self._columns.ledger.record("data-parallel gradients", sent, parameter.element_size(), True)
+        assert self.lightning_module is not None
+        if self.world_size == 1 or not getattr(self.model, "require_backward_grad_sync", True):
+            return
+        rounds = 3 if self._engine is not None and self._engine.stage == 3 else 2  # weights travel forward and backward
+        for parameter in self.lightning_module.parameters():
+            if parameter.requires_grad and not isinstance(parameter, ColumnParameter):
+                num_elements = getattr(parameter, "ds_numel", parameter.numel())
+                sent = rounds * (self.world_size - 1) * num_elements // self.world_size
+                self._columns.ledger.record("data-parallel gradients", sent, parameter.element_size(), True)
 
     # ------------------------------------------------------------------ optimizers
 
@@ -260,6 +319,12 @@ class HybridParallelStrategy(DDPStrategy):
         """Step once, or linear layers after each pass and the rest at the end, at the rates that ``lr_rule`` gives."""
         if self.fc_update == "pass" and self.world_size > 1:
             return self._step_every_pass(optimizer, closure, model, **kwargs)
+        if self._engine is not None:
+            factor = learning_rate_factor(self.lr_rule, self.world_size)
+            with regrouped(optimizer, lambda parameter: factor if isinstance(parameter, ColumnParameter) else None):
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            self._engine.step(factor)
+            return output
         if self.lr_rule == "none" or self.world_size == 1:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         with regrouped(optimizer, self._rate_after_step):
@@ -308,18 +373,25 @@ class HybridParallelStrategy(DDPStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """The optimizer state that one device would hold."""
-        return whole_optimizer_state(optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        with nullcontext() if self._engine is None else self._engine.whole_state():
+            return whole_optimizer_state(plain)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's part of whole states."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict(take_optimizer_state(optimizer, state))
             _optimizer_to_device(optimizer, self.root_device)
+        if self._engine is not None:
+            self._engine.take_state()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The state dict that one device would hold."""
         assert self.lightning_module is not None
-        return whole_state_dict(self.lightning_module)
+        if self._engine is None:
+            return whole_state_dict(self.lightning_module)
+        with self._engine.whole_weights():
+            return {key: value.clone() for key, value in whole_state_dict(self.lightning_module).items()}
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file, or a directory that columns have written."""
@@ -337,6 +409,9 @@ class HybridParallelStrategy(DDPStrategy):
     def teardown(self) -> None:
         """Give the module back whole, as it came."""
         module = self.lightning_module
+        if self._engine is not None:
+            self._engine.close(self._columns.closed)
+            self.model, self._engine = module, None
         if module is not None and not self._columns.closed:
             for optimizer in self.optimizers:
                 gather_optimizer_state(optimizer)

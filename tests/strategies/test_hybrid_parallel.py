@@ -73,7 +73,7 @@ def _fit(
     path: str, num_ranks: int, options: dict[str, Any], kind: str = "sgd", num_steps: int = STEPS, **trainer: Any
 ) -> dict[str, Tensor]:
     module = Net(kind)
-    strategy = squall.HybridParallelStrategy(**options)
+    strategy = squall.HybridParallelStrategy(zero_stage=None, **options)
     loader = _loader(num_steps * BATCH * num_ranks, BATCH, num_ranks)
     _trainer(path, strategy, num_ranks, **trainer).fit(module, loader)
     assert not any(isinstance(value, ColumnTensor) for value in [*module.parameters(), *module.buffers()])
@@ -198,7 +198,7 @@ def _hybrid(path: str, num_ranks: int, batch_size: int, resume: str | None = Non
 
     module = Looking("adam")
     loader = _loader(32, batch_size, num_ranks)
-    trainer = _trainer(path, squall.HybridParallelStrategy(), num_ranks, max_epochs=2 if resume else 1)
+    trainer = _trainer(path, squall.HybridParallelStrategy(zero_stage=None), num_ranks, max_epochs=2 if resume else 1)
     trainer.fit(module, loader, ckpt_path=resume and f"{path}/{resume}")
     trainer.save_checkpoint(f"{path}/end.ckpt")
     return seen
@@ -238,7 +238,7 @@ def test_checkpoints_are_plain_and_go_on_anywhere(tmp_path: Path) -> None:
 
 def _figures(path: str) -> dict[str, Any]:
     module = Net()
-    strategy = squall.HybridParallelStrategy("c")
+    strategy = squall.HybridParallelStrategy("c", None)
     trainer = _trainer(path, strategy, 2)
     data = _loader(STEPS * BATCH * 2, BATCH, 2)
     trainer.fit(module, data, data)

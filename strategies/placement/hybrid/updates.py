@@ -7,7 +7,7 @@ rank and their learning rate what suits it, while the convolutions' batch is tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -49,6 +49,11 @@ def check_learning_rate_rule(rule: str) -> None:
         )
 
 
+def hyperparameters_of(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """What an optimizer's group says beside its parameters, with ``factor`` times its learning rate."""
+    return {**{name: value for name, value in group.items() if name != "params"}, "lr": group["lr"] * factor}
+
+
 @contextmanager
 def regrouped(optimizer: Optimizer, factor_of: Callable[[Tensor], float | None]) -> Iterator[None]:
     """Within, ``optimizer`` has some of its parameters only, at multiples of their learning rates.
@@ -69,7 +74,7 @@ def regrouped(optimizer: Optimizer, factor_of: Callable[[Tensor], float | None])
             if factor is not None:
                 by_factor.setdefault(factor, []).append(parameter)
         parts += [
-            {**group, "params": parameters, "lr": group["lr"] * factor} for factor, parameters in by_factor.items()
+            {**hyperparameters_of(group, factor), "params": parameters} for factor, parameters in by_factor.items()
         ]
     optimizer.param_groups = parts
     try:
