@@ -144,6 +144,15 @@ def test_passes_of_each_scheme() -> None:
     assert deal_passes("c", [3, 1]) == [((0, 2), (0, 1)), ((2, 3), (0, 0))]
 
 
+def test_the_table_says_up_to_where_columns_pay() -> None:
+    with torch.device("meta"):
+        table = plan_hybrid(models.AlexNet(), 2, {"fc7": "whole"})
+    reasons = {row.name: (row.split, row.reason) for row in table}
+    assert reasons["conv3"] == ("whole", "replicated")
+    assert reasons["fc6"] == ("columns", "sends less than its gradients up to 5,671 examples a step")
+    assert reasons["fc7"] == ("whole", "by layout")
+
+
 @pytest.mark.parametrize(
     ("net", "overrides", "message"),
     [
