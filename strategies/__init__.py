@@ -11,6 +11,7 @@ from . import consistency, kernels, placement, sparsity
 from .column_parallel import ColumnParallelStrategy
 from .downpour import DownpourStrategy
 from .hogwild import HogwildStrategy
+from .hybrid_parallel import HybridParallelStrategy
 from .injector import EventInjector
 from .sparse import SparseStrategy
 from .spatial_parallel import SpatialParallelStrategy
@@ -22,6 +23,12 @@ _STRATEGIES: tuple[tuple[str, type[Strategy], dict[str, Any], str], ...] = (
     ("spatial_parallel", SpatialParallelStrategy, {}, "Images split in tiles over the ranks (Coates 2013)"),
     ("downpour", DownpourStrategy, {}, "Asynchronous workers around sharded parameter servers (Dean 2012)"),
     ("hogwild", HogwildStrategy, {}, "Asynchronous workers in one host's shared memory, without a lock (Recht 2011)"),
+    (
+        "hybrid_parallel",
+        HybridParallelStrategy,
+        {},
+        "Convolutions replicated, linear layers in columns (Krizhevsky 2014)",
+    ),
     ("sparse", SparseStrategy, {}, "Few weights, from the first step to the last (Dettmers 2019)"),
     ("sparse_ddp", SparseStrategy, {"inner": "ddp"}, "The same with data parallelism"),
 )
@@ -34,6 +41,7 @@ __all__ = [
     "DownpourStrategy",
     "EventInjector",
     "HogwildStrategy",
+    "HybridParallelStrategy",
     "SparseStrategy",
     "SpatialParallelStrategy",
     "consistency",

@@ -6,32 +6,26 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device, _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from ._mesh import MeshStrategy
+from ._placing import INTERRUPTED, log_graph, num_images, refuse_interrupted, run_eagerly
 from .placement.batches import BatchSource
 from .placement.columns import Crossing
 from .placement.layout import Layout
-from .placement.module import split_parameters, unplace, whole_state_dict
+from .placement.module import unplace, whole_state_dict
 from .placement.optimizers import gather_optimizer_state, take_optimizer_state, whole_optimizer_state, wrap_step
 from .placement.rules.norms import synchronize_buffers
 from .placement.tensor import no_dispatch, whole
-
-_INTERRUPTED = (
-    "The run broke off, and the weights are still split over its ranks. "
-    "Load the last checkpoint into a fresh module to go on."
-)
 
 
 class PlacedStrategy(MeshStrategy):
@@ -72,8 +66,7 @@ class PlacedStrategy(MeshStrategy):
         """Place the module, then let the optimizers see what this rank holds."""
         assert self.accelerator is not None
         assert self.lightning_module is not None
-        if next(split_parameters(self.lightning_module), None) is not None:
-            raise MisconfigurationException(_INTERRUPTED)
+        refuse_interrupted(self.lightning_module)
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._layer_sync and self.data_parallel_size > 1:
@@ -81,8 +74,9 @@ class PlacedStrategy(MeshStrategy):
         self.precision_plugin.convert_module(self.lightning_module)
         self.model_to_device()
         self._broadcast_module(self.lightning_module)
-        self._run_eagerly(self.lightning_module)
-        self._log_graph(trainer)
+        if self.num_columns > 1 and self._stance is None:
+            self._stance = run_eagerly(self.lightning_module)
+        log_graph(self.lightning_module, trainer.loggers)
         self.layout = self._place(self.lightning_module)
         self._adopt_metrics(self.lightning_module)
         if fitting:
@@ -92,29 +86,6 @@ class PlacedStrategy(MeshStrategy):
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
-
-    def _run_eagerly(self, module: LightningModule) -> None:
-        """Keep torch.compile out of code whose tensors know more than their values, for as long as they do."""
-        if self.num_columns == 1 or self._stance is not None:
-            return
-        from torch._dynamo import OptimizedModule  # takes long to import
-
-        compiled = [name for name, part in module.named_modules() if isinstance(part, OptimizedModule)]
-        if compiled or module._compiler_ctx is not None:
-            rank_zero_warn(
-                f"{', '.join(compiled) or type(module).__name__} is compiled, but split over ranks it runs "
-                "uncompiled: torch.compile can't follow what other ranks hold. Leave torch.compile out to silence this."
-            )
-        self._stance = torch.compiler.set_stance("force_eager")
-
-    def _log_graph(self, trainer: Trainer) -> None:
-        """Let loggers trace the module while it is whole: they do it on rank 0 alone, and no other would answer."""
-        module = self.lightning_module
-        assert module is not None
-        for logger in trainer.loggers:
-            if getattr(logger, "_log_graph", False):
-                logger.log_graph(module)
-                logger._log_graph = False  # type: ignore[attr-defined]
 
     def _derive(self, module: LightningModule, derive: Callable[[LightningModule, Any], Layout]) -> Layout | None:
         """What ``derive`` makes of the module's example input, if it has one that its forward can take."""
@@ -162,7 +133,7 @@ class PlacedStrategy(MeshStrategy):
         if self._in_training_step:
             self._last_crossings = self._columns.ledger.crossings
         self._in_training_step = training
-        self._columns.ledger.start_step(_num_images(args[0]) if args else 1)
+        self._columns.ledger.start_step(num_images(args[0]) if args else 1)
 
     def _step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         output = step(*args, **kwargs)
@@ -210,7 +181,7 @@ class PlacedStrategy(MeshStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Nobody answers any more: keep teardown from asking, and hang up, so that those who wait hear of it."""
-        self._columns.close(_INTERRUPTED)
+        self._columns.close(INTERRUPTED)
         self._release()
         self.device_mesh = None
         super().on_exception(exception)
@@ -226,10 +197,3 @@ class PlacedStrategy(MeshStrategy):
             self._stance.__exit__(None, None, None)
             self._stance = None
         super().teardown()
-
-
-def _num_images(batch: Any) -> int:
-    try:
-        return extract_batch_size(batch)
-    except MisconfigurationException:
-        return 1

@@ -85,6 +85,9 @@ class Columns:
 
     """
 
+    losses_differ = False
+    """Whether each rank has examples and a loss of its own, and what is trained is the mean of these."""
+
     def __init__(self, group: dist.ProcessGroup | None = None, rank: int = 0, num_columns: int = 1) -> None:
         self.group = group
         self.rank = rank
@@ -112,7 +115,7 @@ class Columns:
         return self
 
     def start_swap(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> list[dist.Work]:
-        """Begin to send contiguous tensors to columns and to fill ``receives`` from others, all at once.
+        """Begin to send contiguous tensors to columns, and to fill ``receives`` from others, all at once.
 
         Returns:
             What to wait for, before which none of the tensors may be touched.
@@ -129,7 +132,8 @@ class Columns:
             for peer, tensor in tensors.items()
             if tensor.numel()
         ]
-        return dist.batch_isend_irecv(operations) if operations else []
+        works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
+        return works
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add ``tensor`` up over the columns, in place."""

@@ -17,7 +17,9 @@ function       forward                      consumer                            
 ``share``      nothing                      differs by rank, input replicated       add up over the ranks
 ============== ============================ ======================================= ==================================
 
-All are linear, and the backward of each is one of the functions here, so gradients of gradients work too.
+Where every rank has a loss of its own (``losses_differ``), a replicated value's gradients do, too, and the backward of
+``gather`` averages them first. All are linear, and the backward of each is one of the functions here, so gradients of
+gradients work too.
 """
 
 from __future__ import annotations
@@ -207,7 +209,21 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        columns = ctx.arguments[-1][0]
+        if columns.losses_differ:
+            grad = _Average.apply(grad, columns)
         return _Take.apply(grad, *ctx.arguments), None, None, None
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, columns: Columns) -> Tensor:
+        ctx.columns = columns
+        return columns.sum_(value.clone(memory_format=torch.contiguous_format)) / columns.num_columns
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Average.apply(grad, ctx.columns), None
 
 
 class _Take(torch.autograd.Function):

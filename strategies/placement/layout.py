@@ -45,7 +45,7 @@ class LayerPlacement:
         split: ``"columns"``, ``"tiles"`` or ``"whole"``.
         num_parameters: Elements of its parameters on one device.
         parameters_per_rank: The same on the rank that holds most.
-        reason: Why it is kept whole, if it is.
+        reason: Why it is kept whole, or what splitting it is good for, if that is known.
         crosses: Whether it needs what other ranks hold; ``None`` until an example input has told.
         floats_per_image: Elements that a rank sends for it per image in the forward pass, likewise.
 

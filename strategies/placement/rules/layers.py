@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..exchange import exchange, share
+from ..hybrid.linear import ExampleColumns, linear_in_passes
 from ..partition import Partition, Range, union
 from ..tensor import Spec, rule, spec_of, to_partition, whole, wrap
 
@@ -166,6 +167,9 @@ def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     spec = spec_of(weight)
     if spec is None or spec.dim != 0 or weight.ndim != 2:
         return NotImplemented
+    if isinstance(spec.columns, ExampleColumns):
+        bias = _bias(named.get("bias"), spec.partition, spec)
+        return linear_in_passes(autocast(whole(value, spec.name)), autocast(weight), bias, spec)
     dim = value.ndim - 1
     local = _needed(value, dim, Partition.whole(weight.shape[1], spec.partition.num_ranks), spec)
     result = func(local, weight, _bias(named.get("bias"), spec.partition, spec))
