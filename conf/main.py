@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 MODES = ("fit", "validate", "test")
@@ -49,8 +50,10 @@ def num_devices(cfg: DictConfig) -> int:
         return 1 if single else asked
     if single:
         return 1
-    if strategy.get("num_columns") is not None:
-        return int(strategy.num_columns) * int(strategy.get("data_parallel_size") or 1)
+    for ranks in ("num_columns", "num_tiles"):
+        if strategy.get(ranks) is not None:
+            per_replica = math.prod(strategy[ranks]) if isinstance(strategy[ranks], ListConfig) else strategy[ranks]
+            return int(per_replica) * int(strategy.get("data_parallel_size") or 1)
     return 2
 
 

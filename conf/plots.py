@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 
+from squall import ColumnParallelStrategy
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -196,7 +198,9 @@ class FirstLayerKernels(Callback):
         weight = trainer.strategy.lightning_module_state_dict().get(f"{name}.weight")
         if not trainer.is_global_zero or weight is None:
             return
-        blocks = self.num_blocks or _num_columns(pl_module) or getattr(trainer.strategy, "num_columns", None) or 1
+        strategy = trainer.strategy
+        num_columns = strategy.num_columns if isinstance(strategy, ColumnParallelStrategy) else 1
+        blocks = self.num_blocks or _num_columns(pl_module) or num_columns
         self.dirpath.mkdir(parents=True, exist_ok=True)
         draw_kernels(weight.detach().float().cpu().numpy(), int(blocks)).savefig(self.dirpath / "conv1_kernels.png")
 

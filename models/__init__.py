@@ -8,8 +8,10 @@ from .fashion_mnist import FashionMNISTDataModule
 from .image_folder import ImageFolderDataModule
 from .layers import LocalResponseNorm
 from .lenet import LeNet5, LeNet300
+from .locally_connected import LocallyConnected2d, LocallyConnectedAutoencoder
 from .mnist import MNIST5kDataModule
 from .mobilenet import MobileNet
+from .photographs import PhotographDataModule
 from .textures import TextureDataModule
 from .vgg import VGG16, VGGC, VGGD, VGGLike
 from .wide_resnet import WideResNet
@@ -28,8 +30,11 @@ __all__ = [
     "LeNet5",
     "LeNet300",
     "LocalResponseNorm",
+    "LocallyConnected2d",
+    "LocallyConnectedAutoencoder",
     "MNIST5kDataModule",
     "MobileNet",
+    "PhotographDataModule",
     "TextureDataModule",
     "VGGLike",
     "WideResNet",

@@ -44,6 +44,8 @@ class MeshStrategy(DDPStrategy):
 
     """
 
+    _argument = "num_columns"  # that says how many ranks a replica has
+
     def __init__(
         self,
         num_columns: int,
@@ -54,7 +56,7 @@ class MeshStrategy(DDPStrategy):
         **options: Any,
     ) -> None:
         super().__init__(timeout=default_pg_timeout if timeout is None else timeout, **options)
-        for name, value in (("num_columns", num_columns), ("data_parallel_size", data_parallel_size)):
+        for name, value in ((self._argument, num_columns), ("data_parallel_size", data_parallel_size)):
             if not isinstance(value, int) or value < 1:
                 raise MisconfigurationException(f"{name}={value!r} must be a whole number, 1 or more.")
         if batches not in ("auto", "broadcast"):
@@ -81,11 +83,16 @@ class MeshStrategy(DDPStrategy):
             self.data_parallel_size = max(world_size // self.num_columns, 1)
         if self.num_columns * self.data_parallel_size != world_size:
             raise MisconfigurationException(
-                f"num_columns={self.num_columns} x data_parallel_size={self.data_parallel_size} needs "
+                f"{self._argument}={self._asked!r} x data_parallel_size={self.data_parallel_size} needs "
                 f"{self.num_columns * self.data_parallel_size} processes, but devices={self.num_processes} on "
                 f"num_nodes={self.num_nodes} makes {world_size}. Set Trainer(devices=...) to a multiple of "
-                f"num_columns, or ColumnParallelStrategy(num_columns=...) to a divisor of {world_size}."
+                f"{self._argument}, or {type(self).__name__}({self._argument}=...) to a divisor of {world_size}."
             )
+
+    @property
+    def _asked(self) -> Any:
+        """The value of the argument that says how many ranks a replica has."""
+        return self.num_columns
 
     @property
     def column(self) -> int:

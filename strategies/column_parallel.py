@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.optimizer import _optimizer_to_device, _optimizers_to_device
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
-from ._mesh import MeshStrategy
+from ._placed import PlacedStrategy
 from .placement import checkpoint as distributed_checkpoint
 from .placement.batches import BatchSource
-from .placement.columns import Crossing
 from .placement.layout import Layout, derive_layout, plan_layout, read_layout
-from .placement.module import place, split_parameters, unplace, whole_state_dict
-from .placement.optimizers import gather_optimizer_state, take_optimizer_state, whole_optimizer_state, wrap_step
-from .placement.rules.norms import synchronize_buffers
-from .placement.tensor import no_dispatch, whole
-
-_INTERRUPTED = (
-    "The run broke off, and the weights are still split over its ranks. "
-    "Load the last checkpoint into a fresh module to go on."
-)
+from .placement.module import place
 
 
-class ColumnParallelStrategy(MeshStrategy):
+class ColumnParallelStrategy(PlacedStrategy):
     """Split the layers of a stock LightningModule by output channels over several ranks.
 
     The two-GPU AlexNet (Krizhevsky, Sutskever and Hinton 2012, section 3.5 and figure 2), for any convolutional
@@ -114,6 +101,7 @@ class ColumnParallelStrategy(MeshStrategy):
             num_columns,
             data_parallel_size,
             batches,
+            dict(read_layout(layout)),
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,
@@ -125,151 +113,13 @@ class ColumnParallelStrategy(MeshStrategy):
         )
         if sparsity is not None:
             raise MisconfigurationException(f"sparsity={sparsity!r}: columns hold dense weights. Leave sparsity=None.")
-        self.layout: Layout | None = None
-        self._overrides = dict(read_layout(layout))
         self._distributed_checkpoint = save_distributed_checkpoint
-        self._last_crossings: list[Crossing] = []
-        self._stance: Any = None  # of torch.compile, while the module is split
-        self._in_training_step = False
 
-    @property
-    def crossings(self) -> list[Crossing]:
-        """What each crossing of the last training step sent per image, forward and backward."""
-        return self._columns.ledger.crossings if self._in_training_step else self._last_crossings
-
-    # ------------------------------------------------------------------ the module
-
-    def setup(self, trainer: Trainer) -> None:
-        """Place the module, then let the optimizers see what this rank holds."""
-        assert self.accelerator is not None
-        assert self.lightning_module is not None
-        if next(split_parameters(self.lightning_module), None) is not None:
-            raise MisconfigurationException(_INTERRUPTED)
-        self.accelerator.setup(trainer)
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and self._layer_sync and self.data_parallel_size > 1:
-            self.model = self._layer_sync.apply(self.lightning_module)
-        self.precision_plugin.convert_module(self.lightning_module)
-        self.model_to_device()
-        self._broadcast_module(self.lightning_module)
-        self._run_eagerly(self.lightning_module)
-        self.layout = self._derive(self.lightning_module)
-        self._log_graph(trainer)
-        place(self.lightning_module, self.layout, self._columns)
-        self._adopt_metrics(self.lightning_module)
-        if fitting:
-            self.setup_optimizers(trainer)
-            for optimizer in self.optimizers:
-                wrap_step(optimizer, self.reduce if self.data_parallel_size > 1 else None)
-        self.setup_precision_plugin()
-        if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
-
-    def _run_eagerly(self, module: LightningModule) -> None:
-        """Keep torch.compile out of code whose tensors know more than their values, for as long as they do."""
-        if self.num_columns == 1 or self._stance is not None:
-            return
-        from torch._dynamo import OptimizedModule  # takes long to import
-
-        compiled = [name for name, part in module.named_modules() if isinstance(part, OptimizedModule)]
-        if compiled or module._compiler_ctx is not None:
-            rank_zero_warn(
-                f"{', '.join(compiled) or type(module).__name__} is compiled, but in columns it runs uncompiled: "
-                "torch.compile can't follow channels that other ranks hold. Leave torch.compile out to silence this."
-            )
-        self._stance = torch.compiler.set_stance("force_eager")
-
-    def _log_graph(self, trainer: Trainer) -> None:
-        """Let loggers trace the module while it is whole: they do it on rank 0 alone, where no column would answer."""
-        module = self.lightning_module
-        assert module is not None
-        for logger in trainer.loggers:
-            if getattr(logger, "_log_graph", False):
-                logger.log_graph(module)
-                logger._log_graph = False  # type: ignore[attr-defined]
-
-    def _derive(self, module: LightningModule) -> Layout:
-        example = module.example_input_array
-        if example is not None and self.num_columns > 1:
-            trainer, module._trainer = module._trainer, None  # no part of what is copied
-            try:
-                return derive_layout(module, example, self.num_columns, self._overrides)
-            except MisconfigurationException:
-                raise
-            except Exception as error:  # an example that forward can't take must not stop a run that doesn't need it
-                rank_zero_info(f"example_input_array was not used to derive the layout: {error}")
-            finally:
-                module._trainer = trainer
-        return plan_layout(module, self.num_columns, self._overrides)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Run the user's step, and log what crossed."""
-        self._start_step(args, training=True)
-        output = self._step(super().training_step, *args, **kwargs)
-        self._log_crossings()
-        return output
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Run the user's step; what it returns is whole."""
-        self._start_step(args, training=False)
-        return self._step(super().validation_step, *args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Run the user's step; what it returns is whole."""
-        self._start_step(args, training=False)
-        return self._step(super().test_step, *args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; what it returns is whole."""
-        self._start_step(args, training=False)
-        return self._step(super().predict_step, *args, **kwargs)
-
-    def _start_step(self, args: tuple[Any, ...], training: bool) -> None:
-        if self._in_training_step:
-            self._last_crossings = self._columns.ledger.crossings
-        self._in_training_step = training
-        self._columns.ledger.start_step(_num_images(args[0]) if args else 1)
-
-    def _step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        output = step(*args, **kwargs)
-        synchronize_buffers()
-        with no_dispatch():
-            complete: STEP_OUTPUT = tree_map(lambda value: whole(value, "step output"), output)
-            return complete
-
-    def _log_crossings(self) -> None:
-        module = self.lightning_module
-        assert module is not None
-        if self.num_columns == 1 or module._trainer is None:
-            return
-        now = self._columns.ledger.crossings
-        past = {crossing.name: crossing for crossing in self._last_crossings}
-        values = {f"crossings/{crossing.name or 'module'}": crossing.floats_per_image_forward for crossing in now}
-        values["crossings/forward_floats"] = sum(crossing.floats_per_image_forward for crossing in now)
-        values["crossings/backward_floats"] = sum(crossing.floats_per_image_backward for crossing in past.values())
-        values["crossings/bytes"] = sum(crossing.bytes_per_image_forward for crossing in now) + sum(
-            crossing.bytes_per_image_backward for crossing in past.values()
-        )
-        # The last finished backward pass is that of the step before: nothing to log on the first step of all.
-        if not past:
-            del values["crossings/backward_floats"], values["crossings/bytes"]
-        module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-
-    # ------------------------------------------------------------------ gradients and optimizers
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """The optimizer state that one device would hold; each rank's own part in a distributed checkpoint."""
-        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        if self._distributed_checkpoint:
-            return distributed_checkpoint.labelled_optimizer_state(plain)
-        return whole_optimizer_state(plain)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this rank's part of whole states."""
-        in_place = distributed_checkpoint.LOADED in checkpoint
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            optimizer.load_state_dict(state if in_place else take_optimizer_state(optimizer, state))
-            _optimizer_to_device(optimizer, self.root_device)
+    def _place(self, module: LightningModule) -> Layout:
+        layout = self._derive(module, partial(derive_layout, num_columns=self.num_columns, layout=self._overrides))
+        layout = layout or plan_layout(module, self.num_columns, self._overrides)
+        place(module, layout, self._columns)
+        return layout
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -278,6 +128,22 @@ class ColumnParallelStrategy(MeshStrategy):
         """A distributed checkpoint is read straight into the placed module."""
         return self._distributed_checkpoint
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The optimizer state that one device would hold; each rank's own part in a distributed checkpoint."""
+        if self._distributed_checkpoint:
+            plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+            return distributed_checkpoint.labelled_optimizer_state(plain)
+        return super().optimizer_state(optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's part of whole states; a distributed checkpoint has put it in place already."""
+        if distributed_checkpoint.LOADED not in checkpoint:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict(state)
+            _optimizer_to_device(optimizer, self.root_device)
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load whole weights; a distributed checkpoint has put each rank's part in place already."""
         if distributed_checkpoint.LOADED not in checkpoint:
@@ -285,10 +151,10 @@ class ColumnParallelStrategy(MeshStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The state dict that one device would hold; this rank's labelled parts in a distributed checkpoint."""
-        assert self.lightning_module is not None
         if self._distributed_checkpoint:
+            assert self.lightning_module is not None
             return self.lightning_module.state_dict()
-        return whole_state_dict(self.lightning_module)
+        return super().lightning_module_state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write one file from rank 0, or a directory from all ranks."""
@@ -308,31 +174,3 @@ class ColumnParallelStrategy(MeshStrategy):
             return distributed_checkpoint.read_whole(path)
         assert self.lightning_module is not None
         return distributed_checkpoint.load(path, self.lightning_module, self.optimizers)
-
-    # ------------------------------------------------------------------ the end
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Nobody answers any more: keep teardown from asking, and hang up, so that those who wait hear of it."""
-        self._columns.close(_INTERRUPTED)
-        self._release()
-        self.device_mesh = None
-        super().on_exception(exception)
-
-    def teardown(self) -> None:
-        """Give the module back whole, as it came."""
-        if self.lightning_module is not None and not self._columns.closed:
-            for optimizer in self.optimizers:
-                gather_optimizer_state(optimizer)
-            unplace(self.lightning_module)
-        self._release()
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
-        super().teardown()
-
-
-def _num_images(batch: Any) -> int:
-    try:
-        return extract_batch_size(batch)
-    except MisconfigurationException:
-        return 1

@@ -11,10 +11,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from squall.conf.suites.links import Link
 from squall.conf.suites.programs import Order, Programs, free_port, programs, serve
+
+_DEALING = ("ddp", "zero1", "hybrid_parallel")  # each rank has a part of the batch
 
 
 class Ranks:
@@ -36,9 +39,30 @@ class Ranks:
         """Fit for a few steps; returns the seconds of each on rank 0, the first left out.
 
         Args:
-            strategy: "single", "ddp" or "column_parallel".
+            strategy: As of :meth:`measure`.
             batch_size: Images of one step, all ranks together.
             num_steps: Steps that count.
+
+        Raises:
+            RuntimeError: If a rank ends.
+
+        """
+        return self.measure(strategy, batch_size, num_steps)[0]
+
+    def measure(
+        self, strategy: str, batch_size: int, num_steps: int, options: Mapping[str, Any] | None = None
+    ) -> tuple[list[float], float]:
+        """Fit for a few steps.
+
+        Args:
+            strategy: "single", "ddp", "zero1" (DDP with torch's ``ZeroRedundancyOptimizer``), or a name that Squall has
+                registered.
+            batch_size: Images of one step, all ranks together.
+            num_steps: Steps that count, after one that doesn't.
+            options: Arguments of a strategy of Squall's.
+
+        Returns:
+            The seconds of each step on rank 0, and the bytes that a rank's host sends in one, all protocols included.
 
         Raises:
             RuntimeError: If a rank ends.
@@ -48,9 +72,14 @@ class Ranks:
         order = {
             "net": self._net, "strategy": strategy, "batch_size": batch_size, "num_steps": num_steps,
             "num_ranks": num_ranks, "port": free_port(), "link": self._link.main_address,
+            "options": dict(options or {}),
         }  # fmt: skip
-        seconds: list[float] = self._processes.ask({rank: order for rank in range(num_ranks)})[0]
-        return seconds
+        answers = self._processes.ask({rank: order for rank in range(num_ranks)})
+        # All ranks' traffic is on one interface if they are on one host.
+        shared = num_ranks if self._link.name == "loopback" else 1
+        sent = sum(answer["sent"] for answer in answers.values()) / num_ranks / shared
+        seconds: list[float] = answers[0]["seconds"]
+        return seconds, sent / num_steps
 
 
 @contextmanager
@@ -65,11 +94,11 @@ class _Rank:
         self._rank = rank
         self._module: Any = None
 
-    def carry_out(self, order: Order) -> list[float]:
-        """Fit once; returns the seconds of each step but the first."""
+    def carry_out(self, order: Order) -> dict[str, Any]:
+        """Fit once; returns the seconds of each step but the first, and the bytes that left the host meanwhile."""
         import torch
         from lightning.pytorch import Callback, Trainer
-        from lightning.pytorch.strategies import DDPStrategy
+        from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
         from torch.utils.data import DataLoader, TensorDataset
 
         import squall
@@ -77,9 +106,11 @@ class _Rank:
         class Clock(Callback):
             def __init__(self) -> None:
                 self.ticks: list[float] = []
+                self.sent: list[int] = []
 
             def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
                 self.ticks.append(time.perf_counter())
+                self.sent.append(_sent())
 
         torch.set_num_threads(1)
         if self._module is None:
@@ -89,17 +120,21 @@ class _Rank:
             LOCAL_RANK=str(self._rank), NODE_RANK="0", WORLD_SIZE=str(num_ranks), MASTER_ADDR=order["link"],
             MASTER_PORT=str(order["port"]),
         )  # fmt: skip
-        share = order["batch_size"] // (num_ranks if order["strategy"] == "ddp" else 1)
+        share = order["batch_size"] // (num_ranks if order["strategy"] in _DEALING else 1)
         torch.manual_seed(1)
         images = torch.randn(share, module.net.in_channels, module.net.image_size, module.net.image_size)
         labels = torch.randint(module.net.num_classes, (share,))
         loader = DataLoader(TensorDataset(images, labels), batch_size=share)
-        strategy: Any = {
-            "single": "auto",
+        name, options = order["strategy"], order["options"]
+        module.partitions_state = name == "zero1"
+        strategy: Any = "auto"
+        if name in ("ddp", "zero1") and num_ranks > 1:
             # Ours to tune for DDP too: no second pass over the graph, and gradients reduced where they lie.
-            "ddp": DDPStrategy(gradient_as_bucket_view=True) if num_ranks > 1 else "auto",
-            "column_parallel": squall.ColumnParallelStrategy(num_columns=num_ranks),
-        }[order["strategy"]]
+            strategy = DDPStrategy(gradient_as_bucket_view=True)
+        elif name == "column_parallel":
+            strategy = squall.ColumnParallelStrategy(num_columns=num_ranks, **options)
+        elif name not in ("single", "ddp", "zero1"):
+            strategy = StrategyRegistry[name]["strategy"](**options)
         clock = Clock()
         Trainer(
             strategy=strategy, accelerator="cpu", devices=num_ranks, max_epochs=order["num_steps"] + 1, logger=False,
@@ -108,16 +143,25 @@ class _Rank:
         ).fit(module, loader)  # fmt: skip
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        return [b - a for a, b in zip(clock.ticks, clock.ticks[1:], strict=False)]
+        seconds = [b - a for a, b in zip(clock.ticks, clock.ticks[1:], strict=False)]
+        return {"seconds": seconds, "sent": clock.sent[-1] - clock.sent[0]}
+
+
+def _sent() -> int:
+    """Bytes that have left this host by the interface that the ranks talk over."""
+    return int(Path(f"/sys/class/net/{os.environ['GLOO_SOCKET_IFNAME']}/statistics/tx_bytes").read_text())
 
 
 def _make_module(net_arguments: Mapping[str, Any]) -> Any:
     import torch
     from lightning.pytorch import LightningModule
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
     from squall.models import AlexNet
 
     class Classifier(LightningModule):
+        partitions_state = False
+
         def __init__(self) -> None:
             super().__init__()
             self.net = AlexNet(**net_arguments)
@@ -126,7 +170,10 @@ def _make_module(net_arguments: Mapping[str, Any]) -> Any:
             return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+            options: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
+            if self.partitions_state:
+                return ZeroRedundancyOptimizer(self.parameters(), torch.optim.SGD, **options)
+            return torch.optim.SGD(self.parameters(), **options)
 
     torch.manual_seed(0)
     return Classifier()

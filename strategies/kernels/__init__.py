@@ -12,6 +12,8 @@ from .block_codes.function import decode_signs as decode_signs
 from .block_codes.function import encode_int8 as encode_int8
 from .block_codes.function import encode_signs as encode_signs
 from .local_response_norm.function import local_response_norm as local_response_norm
+from .locally_connected.function import locally_connected2d as locally_connected2d
+from .locally_connected.function import locally_connected_transpose2d as locally_connected_transpose2d
 from .max_pool.function import max_pool2d as max_pool2d
 from .shard_update.function import shard_update as shard_update
 from .sparse_conv.function import sparse_conv2d as sparse_conv2d
@@ -28,6 +30,8 @@ __all__ = [
     "encode_signs",
     "encode_top_k",
     "local_response_norm",
+    "locally_connected2d",
+    "locally_connected_transpose2d",
     "max_pool2d",
     "shard_update",
     "sparse_conv2d",
@@ -48,4 +52,5 @@ def available() -> dict[str, str]:
         True
 
     """
-    return dict.fromkeys((name for name in __all__ if name != "available"), native.isa())
+    names = (name for name in __all__ if name != "available")
+    return {name: "torch" if name.startswith("locally_connected") else native.isa() for name in names}

@@ -2,7 +2,8 @@
 
 ``partition`` (intervals) and ``columns`` (ranks) are the ground; ``exchange`` moves channels between ranks with
 gradients; ``tensor`` carries the layout through arbitrary code, by the rules in ``rules/``; ``layout`` derives the
-table and ``module`` applies it.
+table and ``module`` applies it. The same for images in tiles: ``tiles``, windows over them in ``reach`` and
+``fringes``, and the table in ``tiling``.
 """
 
 from .columns import Columns, Crossing, DryColumns
@@ -10,6 +11,8 @@ from .layout import LayerPlacement, Layout, derive_layout, plan_layout, read_lay
 from .module import place, unplace, whole_state_dict
 from .partition import Partition
 from .tensor import ColumnParameter, ColumnTensor, Spec
+from .tiles import Grid, TileParameter, TileSpec, TileTensor, make_grid
+from .tiling import derive_tiles, place_tiles, plan_tiles
 
 __all__ = [
     "ColumnParameter",
@@ -17,13 +20,21 @@ __all__ = [
     "Columns",
     "Crossing",
     "DryColumns",
+    "Grid",
     "LayerPlacement",
     "Layout",
     "Partition",
     "Spec",
+    "TileParameter",
+    "TileSpec",
+    "TileTensor",
     "derive_layout",
+    "derive_tiles",
+    "make_grid",
     "place",
+    "place_tiles",
     "plan_layout",
+    "plan_tiles",
     "read_layout",
     "unplace",
     "whole_state_dict",

@@ -85,6 +85,9 @@ class Columns:
 
     """
 
+    losses_differ = False
+    """Whether each rank has examples and a loss of its own, and what is trained is the mean of these."""
+
     def __init__(self, group: dist.ProcessGroup | None = None, rank: int = 0, num_columns: int = 1) -> None:
         self.group = group
         self.rank = rank
@@ -111,8 +114,11 @@ class Columns:
     def __deepcopy__(self, memo: dict[int, object]) -> Columns:
         return self
 
-    def swap(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
-        """Send contiguous tensors to columns and fill ``receives`` from others, all at once.
+    def start_swap(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> list[dist.Work]:
+        """Begin to send contiguous tensors to columns, and to fill ``receives`` from others, all at once.
+
+        Returns:
+            What to wait for, before which none of the tensors may be touched.
 
         Raises:
             RuntimeError: If the columns have been closed.
@@ -121,12 +127,13 @@ class Columns:
         if self._closed:
             raise RuntimeError(self._closed)
         operations = [
-            dist.P2POp(dist.irecv, tensor, self._peers[peer], self.group) for peer, tensor in receives.items()
+            dist.P2POp(operation, tensor, self._peers[peer], self.group)
+            for operation, tensors in ((dist.irecv, receives), (dist.isend, sends))
+            for peer, tensor in tensors.items()
+            if tensor.numel()
         ]
-        operations += [dist.P2POp(dist.isend, tensor, self._peers[peer], self.group) for peer, tensor in sends.items()]
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+        works: list[dist.Work] = dist.batch_isend_irecv(operations) if operations else []
+        return works
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add ``tensor`` up over the columns, in place."""
@@ -157,10 +164,11 @@ class DryColumns(Columns):
     def __init__(self, num_columns: int, rank: int = 0) -> None:
         super().__init__(None, rank, num_columns)
 
-    def swap(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
+    def start_swap(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> list[dist.Work]:
         """Move nothing."""
         for tensor in receives.values():
             tensor.zero_()
+        return []
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Leave ``tensor`` as it is."""

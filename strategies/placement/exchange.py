@@ -17,20 +17,40 @@ function       forward                      consumer                            
 ``share``      nothing                      differs by rank, input replicated       add up over the ranks
 ============== ============================ ======================================= ==================================
 
-All are linear, and the backward of each is one of the functions here, so gradients of gradients work too.
+Where every rank has a loss of its own (``losses_differ``), a replicated value's gradients do, too, and the backward of
+``gather`` averages them first. All are linear, and the backward of each is one of the functions here, so gradients of
+gradients work too.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .columns import Columns
 from .partition import Partition, crosses, overlaps
 
 Transfer = tuple[Columns, str, bool]  # who, on whose account, and whether it belongs to the backward pass
+
+
+class Axis(Protocol):
+    """A split dimension."""
+
+    @property
+    def dim(self) -> int:
+        """Which one, non-negative."""
+
+    @property
+    def partition(self) -> Partition:
+        """The ranges of it that each rank holds."""
+
+    @property
+    def columns(self) -> Columns:
+        """The ranks."""
 
 
 def _pack(tensor: Tensor, dim: int, pieces: list[tuple[int, int]]) -> Tensor:
@@ -63,10 +83,15 @@ def fetch(local: Tensor, dim: int, have: Partition, need: Partition, transfer: T
         The needed channels in the order of ``need``.
 
     """
+    return start_fetch(local, dim, have, need, transfer)()
+
+
+def start_fetch(local: Tensor, dim: int, have: Partition, need: Partition, transfer: Transfer) -> Callable[[], Tensor]:
+    """Begin a :func:`fetch`; calling the result waits for it. All ranks begin and end theirs in the same order."""
     columns, name, backward = transfer
     me = columns.rank
     if have == need:
-        return local
+        return lambda: local
     if crosses(have, need):
         columns.ledger.record(name, 0, local.element_size(), backward)
     sends: dict[int, Tensor] = {}
@@ -87,24 +112,50 @@ def fetch(local: Tensor, dim: int, have: Partition, need: Partition, transfer: T
             for _, target, length in incoming:
                 pieces.append((target, length, buffers[peer], offset))
                 offset += length
-    columns.swap(sends, buffers)
-    parts = [source.narrow(dim, offset, length) for _, length, source, offset in sorted(pieces, key=lambda p: p[0])]
-    return torch.cat(parts, dim) if parts else _like(local, dim, 0)
+    works = columns.start_swap(sends, buffers)
+
+    def finish() -> Tensor:
+        _wait(works, sends)
+        parts = [source.narrow(dim, offset, length) for _, length, source, offset in sorted(pieces, key=lambda p: p[0])]
+        return torch.cat(parts, dim) if parts else _like(local, dim, 0)
+
+    return finish
+
+
+def _wait(works: list[dist.Work], sends: dict[int, Tensor]) -> None:
+    """Wait until everything has been received, and what was sent is no longer needed."""
+    for work in works:
+        work.wait()
+    sends.clear()
 
 
 def send_home(grad: Tensor, dim: int, have: Partition, need: Partition, transfer: Transfer) -> Tensor:
     """The transpose of :func:`fetch`: send each channel's partial gradient to its owner, who adds them up."""
-    columns, name, backward = transfer
-    me = columns.rank
     if have == need:
         return grad
+    me = transfer[0].rank
+    own = _like(grad, dim, have.sizes[me]).zero_()
+    for source, target, length in overlaps(have.ranges[me], need.ranges[me]):
+        own.narrow(dim, source, length).copy_(grad.narrow(dim, target, length))
+    start_home(grad, dim, have, need, transfer)(own)
+    return own
+
+
+def start_home(
+    grad: Tensor, dim: int, have: Partition, need: Partition, transfer: Transfer
+) -> Callable[[Tensor], None]:
+    """Begin to send partial gradients to the ranks that own their channels.
+
+    Returns:
+        A function that waits for those that come home, and adds them to the tensor that it is given.
+
+    """
+    columns, name, backward = transfer
+    me = columns.rank
     if crosses(have, need):
         columns.ledger.record(name, 0, grad.element_size(), backward)
     sends: dict[int, Tensor] = {}
     buffers: dict[int, Tensor] = {}
-    own = _like(grad, dim, have.sizes[me]).zero_()
-    for source, target, length in overlaps(have.ranges[me], need.ranges[me]):
-        own.narrow(dim, source, length).copy_(grad.narrow(dim, target, length))
     for peer in range(columns.num_columns):
         if peer == me:
             continue
@@ -115,13 +166,17 @@ def send_home(grad: Tensor, dim: int, have: Partition, need: Partition, transfer
         incoming = overlaps(have.ranges[me], need.ranges[peer])
         if incoming:
             buffers[peer] = _like(grad, dim, sum(length for _, _, length in incoming))
-    columns.swap(sends, buffers)
-    for peer, buffer in buffers.items():
-        offset = 0
-        for source, _, length in overlaps(have.ranges[me], need.ranges[peer]):
-            own.narrow(dim, source, length).add_(buffer.narrow(dim, offset, length))
-            offset += length
-    return own
+    works = columns.start_swap(sends, buffers)
+
+    def finish(own: Tensor) -> None:
+        _wait(works, sends)
+        for peer, buffer in buffers.items():
+            offset = 0
+            for source, _, length in overlaps(have.ranges[me], need.ranges[peer]):
+                own.narrow(dim, source, length).add_(buffer.narrow(dim, offset, length))
+                offset += length
+
+    return finish
 
 
 def _slice(full: Tensor, dim: int, partition: Partition, rank: int) -> Tensor:
@@ -154,7 +209,21 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        columns = ctx.arguments[-1][0]
+        if columns.losses_differ:
+            grad = _Average.apply(grad, columns)
         return _Take.apply(grad, *ctx.arguments), None, None, None
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, columns: Columns) -> Tensor:
+        ctx.columns = columns
+        return columns.sum_(value.clone(memory_format=torch.contiguous_format)) / columns.num_columns
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Average.apply(grad, ctx.columns), None
 
 
 class _Take(torch.autograd.Function):
@@ -210,3 +279,22 @@ def share(full: Tensor, columns: Columns, name: str) -> Tensor:
         return full
     result: Tensor = _Share.apply(full, (columns, name, False), False)
     return result
+
+
+def add_up(partial: Tensor, columns: Columns, name: str) -> Tensor:
+    """Add up what every rank has a part of; the sum is replicated, and so is its gradient."""
+    result: Tensor = _Share.apply(partial, (columns, name, False), True)
+    return result
+
+
+def send_back(grad: Tensor, dim: int, have: Partition, need: Partition, transfer: Transfer) -> Tensor:
+    """:func:`send_home` with gradients of its own."""
+    result: Tensor = _Exchange.apply(grad, dim, have, need, transfer, True)
+    return result
+
+
+def cut(full: Tensor, axes: Iterable[Axis], name: str) -> Tensor:
+    """:func:`take` along every split dimension."""
+    for axis in axes:
+        full = take(full, axis.dim, axis.partition, axis.columns, name)
+    return full

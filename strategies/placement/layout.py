@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from .columns import DryColumns
 from .partition import Partition
 
-COLUMNS, WHOLE = "columns", "whole"
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+COLUMNS, TILES, WHOLE = "columns", "tiles", "whole"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CHANNELWISE = (
     nn.modules.batchnorm._BatchNorm,
@@ -42,11 +42,11 @@ class LayerPlacement:
     Args:
         name: Name of the layer in ``named_modules()``.
         kind: Its class.
-        split: ``"columns"`` or ``"whole"``.
+        split: ``"columns"``, ``"tiles"`` or ``"whole"``.
         num_parameters: Elements of its parameters on one device.
         parameters_per_rank: The same on the rank that holds most.
-        reason: Why it is kept whole, if it is.
-        crosses: Whether it needs channels that other columns hold; ``None`` until an example input has told.
+        reason: Why it is kept whole, or what splitting it is good for, if that is known.
+        crosses: Whether it needs what other ranks hold; ``None`` until an example input has told.
         floats_per_image: Elements that a rank sends for it per image in the forward pass, likewise.
 
     """
@@ -66,7 +66,7 @@ class Layout:
     """A table of layers and where they live.
 
     Args:
-        num_columns: Number of columns that the table is for.
+        num_columns: Number of ranks of a replica that the table is for.
         layers: Its rows, in the order of ``named_modules()``.
         other_floats_per_image: What operations that are no layers send per image, by name.
 
@@ -119,7 +119,7 @@ class Layout:
                 )
             )  # fmt: skip
         for name, sent in self.other_floats_per_image:
-            lines.append((name, "operation", "", "", "", "yes", f"{sent:,}", "needs other columns' channels"))
+            lines.append((name, "operation", "", "", "", "yes", f"{sent:,}", "needs what other ranks hold"))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         right = {3, 4, 6}
         text = [
@@ -133,11 +133,15 @@ class Layout:
         return "\n".join(text)
 
 
-def read_layout(layout: str | Path | Mapping[str, str] | Layout) -> Mapping[str, str]:
+def read_layout(layout: str | Path | Mapping[str, str] | Layout, split: str = COLUMNS) -> Mapping[str, str]:
     """The overrides in ``layout``: a mapping, a :class:`Layout`, the path of a YAML file, or ``"auto"`` for none.
 
+    Args:
+        layout: What a user passes.
+        split: What a layer may be instead of ``"whole"``.
+
     Raises:
-        MisconfigurationException: If it is none of these, or says neither ``columns`` nor ``whole``.
+        MisconfigurationException: If it is none of these, or says neither ``split`` nor ``whole``.
 
     """
     if isinstance(layout, Layout):
@@ -149,15 +153,15 @@ def read_layout(layout: str | Path | Mapping[str, str] | Layout) -> Mapping[str,
         if not path.is_file():
             raise MisconfigurationException(
                 f"layout={str(layout)!r} is neither 'auto' nor a YAML file that exists. "
-                "Write 'auto', {layer name: 'columns' or 'whole'}, or the path of a file with such lines."
+                f"Write 'auto', {{layer name: {split!r} or 'whole'}}, or the path of a file with such lines."
             )
         layout = yaml.safe_load(path.read_text()) or {}
     if not isinstance(layout, Mapping):
-        raise MisconfigurationException(f"layout must map layer names to 'columns' or 'whole', not {layout!r}.")
-    for name, split in layout.items():
-        if split not in (COLUMNS, WHOLE):
+        raise MisconfigurationException(f"layout must map layer names to {split!r} or 'whole', not {layout!r}.")
+    for name, asked in layout.items():
+        if asked not in (split, WHOLE):
             raise MisconfigurationException(
-                f"layout[{name!r}]={split!r}: a layer is split in 'columns' or kept 'whole'."
+                f"layout[{name!r}]={asked!r}: a layer is split in {split!r} or kept 'whole'."
             )
     return dict(layout)
 
@@ -170,13 +174,13 @@ def parameter_splits(layer: nn.Module, num_columns: int) -> dict[str, tuple[int,
 
     """
     weight = layer._parameters.get("weight")
-    if not isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_CHANNELWISE)):
+    if not isinstance(layer, (*CONVOLUTIONS, *_TRANSPOSED, nn.Linear, *_CHANNELWISE)):
         return "no rule to split this kind of layer"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "part of an attention layer"
     if weight is None:
         return "no parameters of its own" if "weight" not in dir(layer) else "its weight is computed, not a parameter"
-    if isinstance(layer, _CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS):
         outputs, granule = layer.out_channels, layer.out_channels // layer.groups
         # Whole groups where there are enough of them, so that a column's groups read what the column holds.
         granule = granule if layer.groups >= num_columns else 1
@@ -221,31 +225,14 @@ def plan_layout(
         MisconfigurationException: If an override names no layer, or asks for a split that isn't possible.
 
     """
-    overrides = overrides or {}
+    check_placeable(module)
     named = {
         name: layer for name, layer in module.named_modules() if next(layer.parameters(recurse=False), None) is not None
     }
-    for name, layer in module.named_modules():
-        if isinstance(layer, torch.jit.ScriptModule):
-            raise MisconfigurationException(
-                f"{name or 'the module'} is scripted, and what happens inside it can't be seen. "
-                "Pass the original module instead of the result of torch.jit.script."
-            )
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
-            raise MisconfigurationException(
-                f"{name} has uninitialized parameters. Run one forward pass before trainer.fit, or give its sizes."
-            )
-    heavy = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
+    heavy = (*CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
     if last is None:
         last = next((name for name, layer in reversed(named.items()) if isinstance(layer, heavy)), None)
-    asked: dict[str, str] = {}
-    for pattern, split in overrides.items():
-        matches = [name for name in named if name == pattern or fnmatchcase(name, pattern)]
-        if not matches:
-            raise MisconfigurationException(
-                f"layout names {pattern!r}, which is no layer of the module. Its layers are: {', '.join(named)}."
-            )
-        asked.update(dict.fromkeys(matches, split))
+    asked = match_layers(overrides or {}, named)
     layers = []
     for name, layer in named.items():
         own = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
@@ -273,6 +260,43 @@ def plan_layout(
             )
             layers.append(LayerPlacement(name, type(layer).__name__, COLUMNS, own, held))
     return Layout(num_columns, tuple(layers))
+
+
+def check_placeable(module: nn.Module) -> None:
+    """Refuse what can't be seen into, or isn't there yet.
+
+    Raises:
+        MisconfigurationException: That names the layer.
+
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise MisconfigurationException(
+                f"{name or 'the module'} is scripted, and what happens inside it can't be seen. "
+                "Pass the original module instead of the result of torch.jit.script."
+            )
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
+            raise MisconfigurationException(
+                f"{name} has uninitialized parameters. Run one forward pass before trainer.fit, or give its sizes."
+            )
+
+
+def match_layers(overrides: Mapping[str, str], named: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What is asked of each layer by name or pattern.
+
+    Raises:
+        MisconfigurationException: If a line names no layer.
+
+    """
+    asked: dict[str, str] = {}
+    for pattern, split in overrides.items():
+        matches = [name for name in named if name == pattern or fnmatchcase(name, pattern)]
+        if not matches:
+            raise MisconfigurationException(
+                f"layout names {pattern!r}, which is no layer of the module. Its layers are: {', '.join(named)}."
+            )
+        asked.update(dict.fromkeys(matches, split))
+    return asked
 
 
 def derive_layout(
@@ -313,7 +337,7 @@ def derive_layout(
     with torch.no_grad():
         try:
             # Without values: no memory, no arithmetic.
-            return _derive(_without_values(module), _to_meta(example_input), num_columns, overrides)
+            return _derive(without_values(module), to_meta(example_input), num_columns, overrides)
         except MisconfigurationException:
             raise
         except Exception:  # a network that looks at its values has to be run with them
@@ -332,7 +356,7 @@ def _derive(dry: nn.Module, example_input: Any, num_columns: int, overrides: Map
     place(dry, table, columns)
     first = next(leaf for leaf in tree_flatten(example_input)[0] if isinstance(leaf, Tensor))
     columns.ledger.start_step(first.shape[0] if first.ndim else 1)
-    _call(dry, example_input)
+    call_on(dry, example_input)
     sent = {crossing.name: round(crossing.floats_per_image_forward) for crossing in columns.ledger.crossings}
     layers = tuple(
         replace(layer, crosses=layer.name in sent, floats_per_image=sent.pop(layer.name, 0)) for layer in table
@@ -340,7 +364,7 @@ def _derive(dry: nn.Module, example_input: Any, num_columns: int, overrides: Map
     return Layout(num_columns, layers, tuple(sent.items()))
 
 
-def _without_values(module: nn.Module) -> nn.Module:
+def without_values(module: nn.Module) -> nn.Module:
     """A copy of a module whose tensors are shapes only."""
     memo: dict[int, Any] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
@@ -349,11 +373,13 @@ def _without_values(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _to_meta(value: Any) -> Any:
+def to_meta(value: Any) -> Any:
+    """The same structure of tensors without values."""
     return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, value)
 
 
-def _call(module: nn.Module, example_input: Any) -> Any:
+def call_on(module: nn.Module, example_input: Any) -> Any:
+    """Call ``module`` on one input, a list of arguments, or arguments by name."""
     if isinstance(example_input, Mapping):
         return module(**example_input)
     return module(*example_input) if isinstance(example_input, (tuple, list)) else module(example_input)
@@ -365,10 +391,10 @@ def _last_executed(dry: nn.Module, example_input: Any) -> str | None:
     hooks = [
         layer.register_forward_pre_hook(lambda *_, name=name: order.append(name))
         for name, layer in dry.named_modules()
-        if isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
+        if isinstance(layer, (*CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
     ]
     try:
-        _call(dry, example_input)
+        call_on(dry, example_input)
     finally:
         for hook in hooks:
             hook.remove()

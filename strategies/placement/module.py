@@ -13,7 +13,8 @@ from .exchange import fetch
 from .layout import COLUMNS, Layout, parameter_splits
 from .partition import Partition
 from .rules.norms import synchronize_buffers
-from .tensor import ColumnParameter, ColumnTensor, Spec, no_dispatch, split_in_place, watch_autograd_functions
+from .tensor import Spec, SplitParameter, SplitTensor, no_dispatch, split_in_place, watch_autograd_functions
+from .tiles import TileSpec
 
 
 def place(module: nn.Module, layout: Layout, columns: Columns) -> nn.Module:
@@ -33,7 +34,7 @@ def place(module: nn.Module, layout: Layout, columns: Columns) -> nn.Module:
     for row in layout:
         layer = layers[row.name]
         for parameter in layer.parameters(recurse=False):
-            if not isinstance(parameter, ColumnParameter):
+            if not isinstance(parameter, SplitParameter):
                 parameter._squall_layer = row.name  # type: ignore[attr-defined]
         if row.split != COLUMNS:
             continue
@@ -41,14 +42,14 @@ def place(module: nn.Module, layout: Layout, columns: Columns) -> nn.Module:
         assert not isinstance(splits, str), splits
         for key, (dim, partition) in splits.items():
             parameter = layer._parameters[key]
-            if isinstance(parameter, ColumnParameter):  # shared with a layer that came before
+            if isinstance(parameter, SplitParameter):  # shared with a layer that came before
                 continue
             assert parameter is not None
             make_split(parameter, Spec(dim, partition, columns, row.name))
     return module
 
 
-def make_split(parameter: nn.Parameter, spec: Spec) -> None:
+def make_split(parameter: nn.Parameter, spec: Spec | TileSpec) -> None:
     """Keep this rank's part of a whole parameter and of its gradient; the object stays the same."""
     grad = parameter.grad
     parameter.grad = None
@@ -58,14 +59,14 @@ def make_split(parameter: nn.Parameter, spec: Spec) -> None:
     split_in_place(parameter, spec)
 
 
-def make_whole(parameter: nn.Parameter) -> Spec:
+def make_whole(parameter: nn.Parameter) -> Spec | TileSpec:
     """Gather a split parameter and its gradient on every column. All columns must call it, in the same order.
 
     Returns:
         How it was split.
 
     """
-    spec: Spec = parameter._spec  # type: ignore[attr-defined]
+    spec: Spec | TileSpec = parameter._spec  # type: ignore[attr-defined]
     with no_dispatch():
         grad = parameter.grad
         parameter.grad = None
@@ -77,29 +78,33 @@ def make_whole(parameter: nn.Parameter) -> Spec:
     return spec
 
 
-def _part(full: Tensor, spec: Spec) -> Tensor:
-    ranges = spec.partition.ranges[spec.columns.rank]
-    return torch.cat([full.narrow(spec.dim, start, stop - start) for start, stop in ranges], spec.dim).contiguous()
+def _part(full: Tensor, spec: Spec | TileSpec) -> Tensor:
+    for axis in spec.axes:
+        ranges = axis.partition.ranges[axis.columns.rank] or ((0, 0),)
+        full = torch.cat([full.narrow(axis.dim, start, stop - start) for start, stop in ranges], axis.dim)
+    return full.contiguous()
 
 
-def gather_part(local: Tensor, spec: Spec) -> Tensor:
+def gather_part(local: Tensor, spec: Spec | TileSpec) -> Tensor:
     """All ranks' parts of a tensor that is split like ``spec`` says, as a plain tensor."""
     with no_dispatch(), torch.no_grad():
-        need = Partition.whole(spec.partition.size, spec.partition.num_ranks)
-        plain = local.detach().as_subclass(Tensor)
-        return fetch(plain, spec.dim, spec.partition, need, (spec.columns, "", False))
+        part = local.detach().as_subclass(Tensor)
+        for axis in reversed(spec.axes):
+            need = Partition.whole(axis.partition.size, axis.partition.num_ranks)
+            part = fetch(part, axis.dim, axis.partition, need, (axis.columns, "", False))
+        return part
 
 
-def take_part(full: Tensor, spec: Spec) -> Tensor:
+def take_part(full: Tensor, spec: Spec | TileSpec) -> Tensor:
     """This rank's part of a whole tensor."""
     with no_dispatch(), torch.no_grad():
         return _part(full, spec)
 
 
-def split_parameters(module: nn.Module) -> Iterator[tuple[str, ColumnParameter]]:
+def split_parameters(module: nn.Module) -> Iterator[tuple[str, SplitParameter]]:
     """The split parameters of a module, each once."""
     for name, parameter in module.named_parameters():
-        if isinstance(parameter, ColumnParameter):
+        if isinstance(parameter, SplitParameter):
             yield name, parameter
 
 
@@ -110,7 +115,7 @@ def unplace(module: nn.Module) -> None:
         make_whole(parameter)
     for layer in module.modules():  # a moving average of split activations is split, too
         for name, buffer in layer._buffers.items():
-            if isinstance(buffer, ColumnTensor):
+            if isinstance(buffer, SplitTensor):
                 layer._buffers[name] = gather_part(buffer, buffer._spec)
 
 
@@ -121,7 +126,7 @@ def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     shared: dict[int, Tensor] = {}
     for key, value in state.items():
-        if isinstance(value, ColumnTensor):
+        if isinstance(value, SplitTensor):
             if id(value) not in shared:
                 shared[id(value)] = gather_part(value, value._spec)
             result[key] = shared[id(value)]

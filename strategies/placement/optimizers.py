@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .module import gather_part, make_split, make_whole, take_part
-from .tensor import ColumnParameter, Spec, local_view
+from .tensor import Spec, SplitParameter, local_view
+from .tiles import TileSpec
 
 _ELEMENTWISE = tuple(
     getattr(torch.optim, name)
@@ -71,9 +72,9 @@ def _tried(optimizer: Optimizer, like: dict[str, Any], start: Tensor, grads: lis
     return parameter.detach()
 
 
-def split_of(optimizer: Optimizer) -> list[ColumnParameter]:
+def split_of(optimizer: Optimizer) -> list[SplitParameter]:
     """The split parameters that an optimizer steps."""
-    return [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, ColumnParameter)]
+    return [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, SplitParameter)]
 
 
 def wrap_step(optimizer: Optimizer, average: Callable[[Any], Any] | None = None) -> None:
@@ -151,9 +152,9 @@ def _averaged(closure: Callable[[], Any], average: Callable[[Any], Any]) -> Call
 
 
 @contextmanager
-def _gathered(parameters: list[ColumnParameter]) -> Iterator[Callable[[Callable[[], Any]], Callable[[], Any]]]:
+def _gathered(parameters: list[SplitParameter]) -> Iterator[Callable[[Callable[[], Any]], Callable[[], Any]]]:
     """Within, the parameters are whole; a closure passed through the yielded function sees them split."""
-    specs: list[Spec] = [make_whole(parameter) for parameter in parameters]
+    specs: list[Spec | TileSpec] = [make_whole(parameter) for parameter in parameters]
 
     def cut(closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
@@ -201,7 +202,7 @@ def gather_optimizer_state(optimizer: Optimizer) -> None:
 
 
 def map_state(
-    optimizer: Optimizer, state: dict[Any, Any], convert: Callable[[Tensor, Spec], Tensor], whole: bool
+    optimizer: Optimizer, state: dict[Any, Any], convert: Callable[[Tensor, Any], Tensor], whole: bool
 ) -> dict[Any, Any]:
     """Convert what has its parameter's shape; step counts and the like are the same everywhere.
 
@@ -216,14 +217,15 @@ def map_state(
     result = {}
     for key, entries in state.items():
         parameter = parameters[key]
-        if not isinstance(parameter, ColumnParameter) or not isinstance(entries, dict):
+        if not isinstance(parameter, SplitParameter) or not isinstance(entries, dict):
             result[key] = entries
             continue
         spec = parameter._spec
         with local_view():
             shape = list(parameter.shape)
         if whole:
-            shape[spec.dim] = spec.partition.size
+            for axis in spec.axes:
+                shape[axis.dim] = axis.partition.size
         result[key] = {
             name: convert(value, spec) if isinstance(value, Tensor) and list(value.shape) == shape else value
             for name, value in entries.items()

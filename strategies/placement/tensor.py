@@ -1,12 +1,13 @@
-"""Tensors that know that their channels are split, and code that doesn't have to.
+"""Tensors that know how they are split, and code that doesn't have to.
 
 A user's network is called from an arbitrary ``training_step``: with loops, functional calls, weight penalties, several
 networks. Tracing that into a graph would refuse what it can't follow. Here the *data* carries the layout instead: a
-:class:`ColumnTensor` holds this rank's channels, says that it has the global shape, and sees every torch function that
-it meets through ``__torch_function__``. Functions with a rule (``rules/``) run on the local channels; before any
-other, the channels are gathered. Code that nobody has thought of is therefore slow rather than wrong.
+:class:`SplitTensor` holds this rank's part, says that it has the global shape, and sees every torch function that
+it meets through ``__torch_function__``. Functions with a rule (``rules/``) run on the local part; before any
+other, the parts are gathered. Code that nobody has thought of is therefore slow rather than wrong. A
+:class:`ColumnTensor` is split by channels; one that is split in tiles of an image is in ``tiles``.
 
-Parameters are converted in place (:class:`ColumnParameter`), so optimizers, shared weights and lists that users
+Parameters are converted in place (:class:`SplitParameter`), so optimizers, shared weights and lists that users
 keep stay valid. While an optimizer steps, :func:`local_view` makes them plain local tensors.
 """
 
@@ -16,7 +17,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +26,17 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
 from .columns import Columns
-from .exchange import exchange, gather, take
+from .exchange import cut, exchange, gather
 from .partition import Partition
+
+if TYPE_CHECKING:
+    from .tiles import TileSpec
+
 from .views import remember, writes_in_place
 
 Handler = Callable[..., Any]
-HANDLERS: dict[Any, Handler] = {}
+COLUMN_HANDLERS: dict[Any, Handler] = {}
+TILE_HANDLERS: dict[Any, Handler] = {}
 _mode = threading.local()
 no_dispatch = torch._C.DisableTorchFunctionSubclass
 
@@ -51,29 +58,57 @@ class Spec:
     columns: Columns
     name: str = ""
 
-    def matches(self, other: Spec) -> bool:
-        """Whether two tensors are split alike, whatever their names."""
-        return self.dim == other.dim and self.partition == other.partition
+    @property
+    def axes(self) -> tuple[Spec, ...]:
+        """The split dimensions, each on its own; here one."""
+        return (self,)
+
+    @property
+    def tensor_class(self) -> type[SplitTensor]:
+        """Of tensors that are split so."""
+        return ColumnTensor
+
+    @property
+    def parameter_class(self) -> type[SplitParameter]:
+        """Of parameters that are split so."""
+        return ColumnParameter
+
+    @property
+    def unnamed(self) -> Spec:
+        """The same for what comes of a parameter, which is no parameter."""
+        return Spec(self.dim, self.partition, self.columns)
+
+    def along(self, axes: tuple[Spec, ...]) -> Spec:
+        """The same ranks with other dimensions or partitions."""
+        (axis,) = axes
+        return Spec(axis.dim, axis.partition, self.columns)
 
     def moved(self, dim: int, partition: Partition | None = None) -> Spec:
         """The same columns with another dimension or partition."""
         return Spec(dim, self.partition if partition is None else partition, self.columns)
 
 
-def rule(*functions: Any) -> Callable[[Handler], Handler]:
+def rule(
+    *functions: Any, handlers: tuple[dict[Any, Handler], ...] = (COLUMN_HANDLERS,)
+) -> Callable[[Handler], Handler]:
     """Register ``handler(function, args, kwargs)`` for torch functions; ``None`` among them is passed over.
 
-    A handler runs with dispatch disabled, so column tensors behave as their local part in it. It returns
+    A handler runs with dispatch disabled, so split tensors behave as their local part in it. It returns
     ``NotImplemented`` to have everything gathered.
     """
 
     def register(handler: Handler) -> Handler:
         for function in functions:
             if function is not None:
-                HANDLERS[function] = handler
+                for table in handlers:
+                    table[function] = handler
         return handler
 
     return register
+
+
+tile_rule = partial(rule, handlers=(TILE_HANDLERS,))  # for tensors that are split in tiles
+split_rule = partial(rule, handlers=(COLUMN_HANDLERS, TILE_HANDLERS))  # for all that are split
 
 
 def _canonical(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -86,25 +121,26 @@ def _canonical(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
     return args, kwargs
 
 
-class ColumnTensor(Tensor):
-    """This rank's channels of a tensor that is split over the columns.
+class SplitTensor(Tensor):
+    """This rank's part of a tensor that is split over ranks.
 
     ``shape`` and ``size()`` are global; everything that reads values without a rule of its own gathers them first.
     """
 
-    _spec: Spec
+    _spec: Spec | TileSpec
     _holds_columns = True
+    _handlers: ClassVar[dict[Any, Handler]] = COLUMN_HANDLERS
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func`` on local channels where there is a rule for it, else on gathered ones."""
+        """Run ``func`` on the local part where there is a rule for it, else on what is gathered."""
         kwargs = kwargs or {}
         with no_dispatch():
             if getattr(_mode, "local", False):
                 return func(*args, **kwargs)
-            handler = HANDLERS.get(func)
+            handler = cls._handlers.get(func)
             if handler is not None:
                 result = handler(func, *_canonical(args, kwargs))
                 if result is not NotImplemented:
@@ -113,18 +149,20 @@ class ColumnTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         with no_dispatch():
-            return wrap(self.detach().clone(memory_format=torch.preserve_format), self._spec)
+            copy: Tensor = wrap(self.detach().clone(memory_format=torch.preserve_format), self._spec)
+            return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(
-            "A tensor whose channels are split over several ranks was about to be pickled. Save with "
+            "A tensor that is split over several ranks was about to be pickled. Save with "
             "trainer.save_checkpoint(path), which gathers it on all ranks, or after trainer.fit() has returned."
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with no_dispatch():
             return (
-                f"{type(self).__name__}(shape={tuple(global_shape(self))}, split dim={self._spec.dim}, local={self!s})"
+                f"{type(self).__name__}(shape={tuple(global_shape(self))}, "
+                f"split dim={', '.join(str(axis.dim) for axis in self._spec.axes)}, local={self!s})"
             )
 
     def __str__(self) -> str:
@@ -132,12 +170,18 @@ class ColumnTensor(Tensor):
             return str(self.detach().as_subclass(Tensor))
 
 
-class ColumnParameter(ColumnTensor, nn.Parameter):
-    """A parameter of which this rank holds, trains and saves only its own outputs."""
+class ColumnTensor(SplitTensor):
+    """This rank's channels of a tensor that is split over the columns."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ColumnParameter:
+    _spec: Spec
+
+
+class SplitParameter(SplitTensor, nn.Parameter):
+    """A parameter of which this rank holds and trains only its own part."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SplitParameter:
         if id(self) in memo:
-            known: ColumnParameter = memo[id(self)]
+            known: SplitParameter = memo[id(self)]
             return known
         with no_dispatch():
             copy = nn.Parameter(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
@@ -146,61 +190,69 @@ class ColumnParameter(ColumnTensor, nn.Parameter):
         return copy  # type: ignore[return-value]
 
 
-def split_in_place(parameter: nn.Parameter, spec: Spec) -> None:
-    """Turn a plain parameter that already holds this rank's part into a :class:`ColumnParameter`, same object."""
-    parameter.__class__ = ColumnParameter
+class ColumnParameter(ColumnTensor, SplitParameter):
+    """A parameter of which this rank holds, trains and saves only its own outputs."""
+
+
+def split_in_place(parameter: nn.Parameter, spec: Spec | TileSpec) -> None:
+    """Turn a plain parameter that already holds this rank's part into a :class:`SplitParameter`, same object."""
+    parameter.__class__ = spec.parameter_class
     parameter._spec = spec  # type: ignore[attr-defined]
 
 
-def wrap(local: Tensor, spec: Spec) -> ColumnTensor:
+def wrap(local: Tensor, spec: Spec | TileSpec) -> Any:
     """Label a fresh local tensor as this rank's part."""
+    kind = spec.tensor_class
     if type(local) is Tensor:
-        local.__class__ = ColumnTensor  # no alias, so in-place operations and grad_fn stay what they are
-    elif type(local) is not ColumnTensor:
-        local = local.as_subclass(ColumnTensor)
+        local.__class__ = kind  # no alias, so in-place operations and grad_fn stay what they are
+    elif type(local) is not kind:
+        local = local.as_subclass(kind)
     local._spec = spec  # type: ignore[attr-defined]
-    return local  # type: ignore[return-value]
+    return local
 
 
-def spec_of(value: Any) -> Spec | None:
+def spec_of(value: Any) -> Any:
     """How ``value`` is split, ``None`` for anything that isn't."""
-    return value._spec if isinstance(value, ColumnTensor) else None
+    return value._spec if isinstance(value, SplitTensor) else None
+
+
+def alike(first: Spec | TileSpec, second: Spec | TileSpec) -> bool:
+    """Whether two tensors are split alike, whatever their names."""
+    return [(axis.dim, axis.partition) for axis in first.axes] == [(axis.dim, axis.partition) for axis in second.axes]
 
 
 def global_shape(tensor: Tensor) -> torch.Size:
     """The shape that the tensor has on one device. Call with dispatch disabled."""
     shape = list(tensor.shape)
     spec = spec_of(tensor)
-    if spec is not None:
-        shape[spec.dim] = spec.partition.size
+    for axis in spec.axes if spec is not None else ():
+        shape[axis.dim] = axis.partition.size
     return torch.Size(shape)
 
 
 def whole(value: Any, name: str) -> Any:
     """Gather ``value`` if it is split. Call with dispatch disabled."""
     spec = spec_of(value)
-    if spec is None:
-        return value
-    return gather(value, spec.dim, spec.partition, spec.columns, name)
+    for axis in reversed(spec.axes) if spec is not None else ():
+        value = gather(value, axis.dim, axis.partition, axis.columns, name)
+    return value
 
 
-def to_partition(value: Tensor, spec: Spec, name: str) -> Tensor:
+def to_partition(value: Tensor, spec: Spec | TileSpec, name: str) -> Tensor:
     """The local part of ``value`` under ``spec``, whether it is replicated, split so already, or split otherwise."""
     own = spec_of(value)
-    if own is None:
-        return take(value, spec.dim, spec.partition, spec.columns, name)
-    if own.matches(spec):
+    if own is not None and [axis.dim for axis in own.axes] == [axis.dim for axis in spec.axes]:
+        for have, need in zip(own.axes, spec.axes, strict=True):
+            value = exchange(value, need.dim, have.partition, need.partition, need.columns, name)
         return value
-    if own.dim == spec.dim:
-        return exchange(value, spec.dim, own.partition, spec.partition, spec.columns, name)
-    return take(whole(value, name), spec.dim, spec.partition, spec.columns, name)
+    return cut(whole(value, name), spec.axes, name)
 
 
 def layer_of(args: Any) -> str | None:
     """The first layer name that a parameter among ``args`` carries."""
     for value in args:
         if isinstance(value, Tensor):
-            name = value._spec.name if isinstance(value, ColumnTensor) else getattr(value, "_squall_layer", "")
+            name = value._spec.name if isinstance(value, SplitTensor) else getattr(value, "_squall_layer", "")
             if name:
                 return str(name)
     return None
@@ -215,7 +267,7 @@ def on_gathered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         full_of: dict[int, Tensor] = {}
 
         def full(value: Any) -> Any:
-            if not isinstance(value, ColumnTensor):
+            if not isinstance(value, SplitTensor):
                 return value
             if id(value) not in full_of:
                 full_of[id(value)] = whole(value, account)
@@ -227,20 +279,20 @@ def on_gathered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     result = func(*full_args, **full_kwargs)
     with no_dispatch():
         first = next(iter(args), None)
-        if isinstance(first, ColumnTensor) and not written:
+        if isinstance(first, SplitTensor) and not written:
             remember(result, name, first, full_of[id(first)])
         for target in written:
             spec = target._spec
             # ``nn.init`` writes without history, whoever calls it; so must this.
             recorded = full_of[id(target)].grad_fn is not histories[id(target)]
             with torch.set_grad_enabled(recorded and torch.is_grad_enabled()):
-                target.copy_(take(full_of[id(target)], spec.dim, spec.partition, spec.columns, account))
+                target.copy_(cut(full_of[id(target)], spec.axes, account))
             if result is full_of[id(target)]:
                 result = target
     return result
 
 
-def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[ColumnTensor]:
+def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[SplitTensor]:
     """The split tensors that a function writes to, judged by torch's naming."""
     targets: list[Any] = []
     args = args or tuple(kwargs.values())[:1]  # ``nn.init`` hands its tensor on by name
@@ -250,12 +302,12 @@ def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[C
         targets.append(args[0])
     out = kwargs.get("out")
     targets += out if isinstance(out, (list, tuple)) else [out]
-    return [target for target in targets if isinstance(target, ColumnTensor)]
+    return [target for target in targets if isinstance(target, SplitTensor)]
 
 
 @contextmanager
 def local_view(enabled: bool = True) -> Iterator[None]:
-    """Within, column tensors are plain tensors of the local shape (``True``), or global ones again (``False``)."""
+    """Within, split tensors are plain tensors of the local shape (``True``), or global ones again (``False``)."""
     before = getattr(_mode, "local", False)
     _mode.local = enabled
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exchange import take
+from .exchange import cut
 
 _no_dispatch = torch._C.DisableTorchFunctionSubclass
 _VIEWS = frozenset(
@@ -72,6 +72,6 @@ def remember(result: Any, name: str, target: Tensor, full: Tensor) -> None:
 
 
 def carry_home(target: Tensor, full: Tensor) -> None:
-    """Write this rank's channels of ``full`` to the split tensor that it was gathered from."""
+    """Write this rank's part of ``full`` to the split tensor that it was gathered from."""
     spec = target._spec  # type: ignore[attr-defined]
-    target.copy_(take(full, spec.dim, spec.partition, spec.columns, spec.name))
+    target.copy_(cut(full, spec.axes, spec.name))

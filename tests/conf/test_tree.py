@@ -49,8 +49,8 @@ def test_the_groups_are_those_that_users_know():
     names = {path.name for path in TREE.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
     assert names >= {"strategy", "model", "data", "trainer", "callbacks", "logger", "experiment"}
     assert options("strategy") == [
-        "column_parallel", "ddp", "deep_compression", "downpour", "hogwild", "rigl", "sandblaster", "set", "single",
-        "sparse_momentum", "static_mask",
+        "column_parallel", "ddp", "deep_compression", "downpour", "hogwild", "hybrid_parallel", "rigl", "sandblaster",
+        "set", "single", "sparse_momentum", "spatial_parallel", "static_mask",
     ]  # fmt: skip
 
 
@@ -119,6 +119,7 @@ def test_trainers(tree, name):
         (["strategy=sparse_momentum", "strategy.inner=ddp"], 2),
         (["strategy=ddp", "trainer.devices=3"], 3),
         (["strategy=column_parallel"], 2),
+        (["strategy=hybrid_parallel"], 2),
         (["strategy.num_columns=3"], 3),
         (["experiment=alexnet_two_replicas"], 4),
     ],

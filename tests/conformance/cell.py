@@ -166,6 +166,11 @@ class Cell:
     def has_columns(self) -> bool:
         return self.entry.strategy == "column_parallel"
 
+    @property
+    def shares_batches(self) -> bool:
+        """Whether several ranks hold one replica of the module, and see the same batches."""
+        return self.entry.strategy in ("column_parallel", "spatial_parallel")
+
     def strategy(self) -> Any:
         """What this column passes as ``Trainer(strategy=...)``."""
         return self.entry.strategy() if callable(self.entry.strategy) else self.entry.strategy

@@ -54,6 +54,7 @@ STRATEGIES = (
     Entry("ddp", 2, 2, "ddp"),
     Entry("column_parallel", 2, 1, "column_parallel"),
     Entry("column_parallel 2x2", 4, 2, "column_parallel"),
+    Entry("spatial_parallel", 2, 1, "spatial_parallel"),
     Entry("downpour", 1, 1, "downpour"),
     Entry("downpour 2 workers", 2, 1, "downpour", exact=False),
     Entry("hogwild", 1, 1, "hogwild"),

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from squall.placement import ColumnParameter, Columns, place, plan_layout, whole_state_dict
+from squall.placement import Columns, make_grid, place, place_tiles, plan_layout, plan_tiles, whole_state_dict
 from squall.placement.module import gather_part
 from squall.placement.rules.norms import synchronize_buffers
+from squall.placement.tensor import SplitParameter, no_dispatch, whole
 
 TOLERANCE = 1e-10
 
@@ -28,7 +29,7 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
 
 
 def whole_grad(parameter: nn.Parameter) -> Tensor | None:
-    if not isinstance(parameter, ColumnParameter):
+    if not isinstance(parameter, SplitParameter):
         return parameter.grad
     grad = parameter.grad
     return None if grad is None else gather_part(grad, parameter._spec)
@@ -41,8 +42,12 @@ def check(
     num_steps: int = 0,
     loss_of: Callable[[Any], Tensor] | None = None,
     tolerance: float = TOLERANCE,
+    tiles: tuple[int, int] | None = None,
 ) -> dict[str, float]:
-    """Run on every rank; returns the floats per image that crossed in the forward pass, by layer."""
+    """Run on every rank, in columns unless there are ``tiles``, which are (rows, columns).
+
+    Returns the floats per image that crossed in the forward pass, by layer.
+    """
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(7)
@@ -51,7 +56,11 @@ def check(
         inputs = torch.randn(shape)
         placed = copy.deepcopy(alone)
         columns = world_columns()
-        place(placed, plan_layout(placed, columns.num_columns, overrides), columns)
+        if tiles is None:
+            place(placed, plan_layout(placed, columns.num_columns, overrides), columns)
+        else:
+            grid = make_grid(columns, *tiles, 1, "cpu")
+            place_tiles(placed, plan_tiles(placed, grid, overrides), grid)
         loss_of = loss_of or _default_loss
         floats = _compare_one_pass(alone, placed, inputs, columns, loss_of, tolerance)
         if num_steps:
@@ -97,8 +106,8 @@ def _compare_one_pass(
 
 
 def _plain(value: Tensor) -> Tensor:
-    spec = getattr(value, "_spec", None)
-    return value.detach() if spec is None else gather_part(value, spec)
+    with no_dispatch():
+        return whole(value, "").detach()
 
 
 def compare_parameters(alone: nn.Module, placed: nn.Module, tolerance: float = TOLERANCE) -> None:

@@ -10,7 +10,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from ..partition import Partition
-from ..tensor import HANDLERS, Spec, global_shape, rule, spec_of, to_partition, whole, wrap
+from ..tensor import COLUMN_HANDLERS, TILE_HANDLERS, Spec, global_shape, spec_of, split_rule, to_partition, whole, wrap
+from ..tiles import TileSpec
 
 # Questions whose answer is the same for the local part as for the whole, and settings that concern only storage.
 _SAME_EVERYWHERE = (
@@ -24,52 +25,53 @@ for _space in (torch, Tensor):
     for _name in _SAME_EVERYWHERE:
         _function = getattr(_space, _name, None)
         if _function is not None:
-            rule(_function)(lambda func, args, kwargs: func(*args, **kwargs))
+            split_rule(_function)(lambda func, args, kwargs: func(*args, **kwargs))
 
 # Every property reads from the local part, except the ones below.
 for _name in dir(Tensor):
     _descriptor = getattr(Tensor, _name, None)
     if type(_descriptor).__name__ in ("getset_descriptor", "property"):
         for _access in ("__get__", "__set__", "__delete__"):
-            rule(getattr(_descriptor, _access, None))(lambda func, args, kwargs: func(*args, **kwargs))
+            split_rule(getattr(_descriptor, _access, None))(lambda func, args, kwargs: func(*args, **kwargs))
 for _name in ("T", "mT", "H", "mH", "real", "imag"):  # views: by rule where there is one, else gathered
-    HANDLERS.pop(getattr(Tensor, _name).__get__, None)
+    for _handlers in (COLUMN_HANDLERS, TILE_HANDLERS):
+        _handlers.pop(getattr(Tensor, _name).__get__, None)
 
 
-@rule(Tensor.shape.__get__)  # type: ignore[attr-defined]
+@split_rule(Tensor.shape.__get__)  # type: ignore[attr-defined]
 def _shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size:
     return global_shape(args[0])
 
 
-@rule(Tensor.size)
+@split_rule(Tensor.size)
 def _size(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     shape = global_shape(args[0])
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return shape if dim is None else shape[dim]
 
 
-@rule(Tensor.numel, Tensor.nelement, torch.numel)
+@split_rule(Tensor.numel, Tensor.nelement, torch.numel)
 def _numel(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return global_shape(args[0]).numel()
 
 
-@rule(Tensor.__len__)
+@split_rule(Tensor.__len__)
 def _len(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return global_shape(args[0])[0]
 
 
-@rule(Tensor.data.__get__, Tensor.grad.__get__)  # type: ignore[union-attr, attr-defined]
+@split_rule(Tensor.data.__get__, Tensor.grad.__get__)  # type: ignore[union-attr, attr-defined]
 def _alias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     value = func(*args, **kwargs)
     return None if value is None else _view_as_split(value, args[0]._spec)
 
 
-def _view_as_split(value: Tensor, spec: Spec) -> Tensor:
+def _view_as_split(value: Tensor, spec: Spec | TileSpec) -> Any:
     # A gradient is one object that torch hands out again and again: label an alias, not the object itself.
     return wrap(value.detach(), spec)
 
 
-@rule(Tensor.data.__set__, Tensor.grad.__set__)  # type: ignore[union-attr, attr-defined]
+@split_rule(Tensor.data.__set__, Tensor.grad.__set__)  # type: ignore[union-attr, attr-defined]
 def _set_alias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     target, value = args
     own = spec_of(target)
@@ -85,7 +87,7 @@ def _set_alias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     func(target, value)
 
 
-@rule(Tensor.register_hook)
+@split_rule(Tensor.register_hook)
 def _register_hook(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor, hook = args
     spec = tensor._spec
@@ -97,7 +99,7 @@ def _register_hook(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return func(tensor, on_split)
 
 
-@rule(torch.autograd.grad)
+@split_rule(torch.autograd.grad)
 def _autograd_grad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Gradients with respect to split tensors are split as they are."""
     outputs, inputs = args[0], args[1] if len(args) > 1 else kwargs["inputs"]
@@ -123,31 +125,33 @@ def _autograd_grad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     )
 
 
-@rule(Tensor.detach, torch.detach, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.cpu, Tensor.cuda, Tensor.to)
+@split_rule(
+    Tensor.detach, torch.detach, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.cpu, Tensor.cuda, Tensor.to
+)
 def _same_split(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Copies and casts of the local part; ``x.to(other)`` may name a split tensor as the pattern."""
     if spec_of(args[0]) is None:
         return func(*args, **kwargs)
     result = func(*args, **kwargs)
-    return result if result is args[0] else wrap(result, args[0]._spec.moved(args[0]._spec.dim))
+    return result if result is args[0] else wrap(result, args[0]._spec.unnamed)
 
 
 for _name in ("double float half bfloat16 type_as to_dense pin_memory int long bool short").split():
-    rule(getattr(Tensor, _name))(_same_split)
+    split_rule(getattr(Tensor, _name))(_same_split)
 
 
-@rule(Tensor.type)
+@split_rule(Tensor.type)
 def _type(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     asks = len(args) == 1 and not kwargs
     return func(*args, **kwargs) if asks else _same_split(func, args, kwargs)
 
 
-@rule(Tensor.detach_)
+@split_rule(Tensor.detach_)
 def _detach_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-@rule(Tensor.copy_)
+@split_rule(Tensor.copy_)
 def _copy_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, source = args[0], args[1]
     spec = spec_of(target)

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..exchange import gather
 from ..partition import Partition
 from ..tensor import Spec, rule, spec_of, wrap
+from ..tiles import TileSpec
 
 
-def _wrap_all(result: Any, spec: Spec) -> Any:
+def wrap_all(result: Any, spec: Spec | TileSpec) -> Any:
     """Label a result, or each tensor of a (named) tuple of them; labelling is in place, so the tuple stays as it is."""
     if isinstance(result, Tensor):
         return wrap(result, spec)
@@ -31,7 +32,7 @@ def _spatial(num_dims: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], 
         spec = spec_of(tensor)
         if spec is None or spec.dim >= tensor.ndim - num_dims:
             return NotImplemented
-        return _wrap_all(func(*args, **kwargs), spec.moved(spec.dim))
+        return wrap_all(func(*args, **kwargs), spec.moved(spec.dim))
 
     return handler
 
@@ -54,7 +55,8 @@ def _interpolate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return wrap(func(*args, **kwargs), spec.moved(spec.dim))
 
 
-def _reduced_dims(tensor: Tensor, dims: Any) -> set[int] | None:
+def reduced_dims(tensor: Tensor, dims: Any) -> set[int] | None:
+    """The dimensions that a reduction names; ``None`` where it names none."""
     if dims is None or isinstance(dims, (str, bool, torch.dtype)):
         return None
     listed = [dims] if isinstance(dims, int) else list(dims)
@@ -72,7 +74,7 @@ def _reduce(position: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], A
         dims = args[position] if len(args) > position else kwargs.get("dim", kwargs.get("axis"))
         if spec is None or kwargs.get("out") is not None or isinstance(dims, Tensor):
             return NotImplemented
-        reduced = _reduced_dims(tensor, dims)
+        reduced = reduced_dims(tensor, dims)
         if dims is None and func in _IN_TWO_STAGES and not kwargs.get("keepdim"):
             # Each column's own first, then theirs: one number a column is sent. Clipping by the norm lives on this.
             num_columns = spec.columns.num_columns
@@ -84,15 +86,16 @@ def _reduce(position: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], A
         first = result if isinstance(result, Tensor) else result[0]
         kept = first.ndim == tensor.ndim
         moved = spec.moved(spec.dim - (0 if kept else sum(dim < spec.dim for dim in reduced)))
-        return _wrap_all(result, moved)
+        return wrap_all(result, moved)
 
     return handler
 
 
+REDUCTIONS = (
+    "sum mean prod amax amin max min argmax argmin all any var std logsumexp median nansum count_nonzero"
+).split()
 for _space in (torch, Tensor):
-    for _name in (
-        "sum mean prod amax amin max min argmax argmin all any var std logsumexp median nansum count_nonzero"
-    ).split():
+    for _name in REDUCTIONS:
         rule(getattr(_space, _name, None))(_reduce(1))
     rule(getattr(_space, "norm", None))(_reduce(2))
 rule(torch.linalg.vector_norm)(_reduce(2))
@@ -106,13 +109,14 @@ def _along(position: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], An
         dim = args[position] if len(args) > position else kwargs.get("dim")
         if spec is None or not isinstance(dim, int) or dim % tensor.ndim == spec.dim or "out" in kwargs:
             return NotImplemented
-        return _wrap_all(func(*args, **kwargs), spec.moved(spec.dim))
+        return wrap_all(func(*args, **kwargs), spec.moved(spec.dim))
 
     return handler
 
 
+SCANS = ("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "cummax", "cummin", "sort")
 for _space in (torch, Tensor, F):
-    for _name in ["softmax", "log_softmax", "softmin", "cumsum", "cumprod", "cummax", "cummin", "sort"]:
+    for _name in SCANS:
         _function = getattr(_space, _name, None)
         if _function is not None:
             rule(_function)(_along(1))

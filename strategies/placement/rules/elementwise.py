@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..exchange import exchange, share, take
-from ..tensor import Spec, global_shape, layer_of, rule, spec_of, whole, wrap
+from ..exchange import cut, share
+from ..tensor import Spec, global_shape, layer_of, spec_of, split_rule, to_partition, whole, wrap
+from ..tiles import TileSpec
 
 _UNARY = (
     "abs absolute neg negative positive sign sgn exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square "
@@ -35,9 +36,9 @@ _DUNDERS = (
 def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an elementwise function on local parts.
 
-    All split arguments are brought to the partition of the first one that spans its dimension in the result. A
-    replicated argument that has channels is cut; one without them (a scalar, a map per pixel) is shared, so that its
-    gradient is the sum over the ranks.
+    All split arguments are brought to the partition of the first one that spans its dimensions in the result. A
+    replicated argument that has the split dimension is cut; one without it (a scalar, a map per pixel of columns, a
+    bias of tiles) is shared, so that its gradient is the sum over the ranks.
     """
     if len(args) + len(kwargs) == 1 and func in (torch.where, Tensor.where):
         return NotImplemented  # the indices of what is true, not a choice
@@ -49,13 +50,13 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shape = torch.broadcast_shapes(*(global_shape(tensor) for tensor in tensors))
     except RuntimeError:
         return NotImplemented  # let torch say what is wrong, in global shapes
-    lead: Spec | None = None
+    lead: Spec | TileSpec | None = None
     for tensor in tensors:
         spec = spec_of(tensor)
         if spec is not None:
-            dim = spec.dim + len(shape) - tensor.ndim
-            if spec.partition.size == shape[dim]:
-                lead = Spec(dim, spec.partition, spec.columns)
+            shift = len(shape) - tensor.ndim
+            if all(axis.partition.size == shape[axis.dim + shift] for axis in spec.axes):
+                lead = spec.along(_shifted(spec.axes, shift))
                 break
     if lead is None:
         return NotImplemented
@@ -68,17 +69,23 @@ def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return wrap(result, lead)
 
 
-def _localize(value: Tensor, lead: Spec, num_dims: int, name: str) -> Tensor:
+def _shifted(axes: tuple[Spec, ...], shift: int) -> tuple[Spec, ...]:
+    return tuple(axis.moved(axis.dim + shift) for axis in axes)
+
+
+def _localize(value: Tensor, lead: Spec | TileSpec, num_dims: int, name: str) -> Tensor:
     """The part of ``value`` that meets this rank's part of the result."""
-    dim = lead.dim - (num_dims - value.ndim)
-    spec = spec_of(value)
-    spans = dim >= 0 and global_shape(value)[dim] == lead.partition.size
-    if spec is not None and spec.dim == dim and spans:
-        return exchange(value, dim, spec.partition, lead.partition, lead.columns, name)
+    axes, shape, own = _shifted(lead.axes, value.ndim - num_dims), global_shape(value), spec_of(value)
+    spanned = tuple(axis for axis in axes if axis.dim >= 0 and shape[axis.dim] == axis.partition.size)
+    if own is not None and [axis.dim for axis in own.axes] == [axis.dim for axis in spanned] and spanned == axes:
+        return to_partition(value, lead.along(axes), name)
     full = whole(value, name)
-    if spans:
-        return take(full, dim, lead.partition, lead.columns, name)
-    return share(full, lead.columns, name)
+    if not spanned:
+        return share(full, lead.columns, name)
+    for axis in axes:
+        if axis not in spanned:
+            full = share(full, axis.columns, name)
+    return cut(full, spanned, name)
 
 
 def operate_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,7 +101,10 @@ def operate_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             local.append(leaf)
             continue
         spec = spec_of(leaf)
-        if leaf.ndim > len(shape) or (spec is not None and spec.dim + len(shape) - leaf.ndim != own.dim):
+        if leaf.ndim > len(shape):
+            return NotImplemented
+        shift = len(shape) - leaf.ndim
+        if spec is not None and [axis.dim + shift for axis in spec.axes] != [axis.dim for axis in own.axes]:
             return NotImplemented
         local.append(_localize(leaf, own, len(shape), own.name or func.__name__))
     rest, local_kwargs = tree_unflatten(local, structure)
@@ -103,29 +113,31 @@ def operate_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 for _space in (torch, Tensor, F, torch._C._nn, torch.special):
     for _name in _UNARY + _BINARY:
-        rule(getattr(_space, _name, None))(operate)
-        rule(getattr(_space, _name + "_", None))(operate_in_place)
+        split_rule(getattr(_space, _name, None))(operate)
+        split_rule(getattr(_space, _name + "_", None))(operate_in_place)
 for _name in _DUNDERS:
-    rule(getattr(Tensor, f"__{_name}__", None))(operate_in_place if _name[0] == "i" and _name != "invert" else operate)
+    split_rule(getattr(Tensor, f"__{_name}__", None))(
+        operate_in_place if _name[0] == "i" and _name != "invert" else operate
+    )
 
 
 def _with_inplace_flag(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``F.relu(x, inplace=True)`` and its kin."""
     local = func(*args, **kwargs)
-    return args[0] if local is args[0] else wrap(local, args[0]._spec.moved(args[0]._spec.dim))
+    return args[0] if local is args[0] else wrap(local, args[0]._spec.unnamed)
 
 
 for _name in "relu relu6 elu selu celu silu mish hardsigmoid hardswish hardtanh leaky_relu threshold".split():
-    rule(getattr(F, _name))(_with_inplace_flag)
+    split_rule(getattr(F, _name))(_with_inplace_flag)
 
 
-@rule(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like)
+@split_rule(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like)
 def _constant_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     spec = spec_of(args[0])
-    return NotImplemented if spec is None else wrap(func(*args, **kwargs), spec.moved(spec.dim))
+    return NotImplemented if spec is None else wrap(func(*args, **kwargs), spec.unnamed)
 
 
-@rule(F.prelu, torch.prelu)
+@split_rule(F.prelu, torch.prelu)
 def _prelu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A slope for each channel of dimension 1, or one for all."""
     value, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
@@ -133,8 +145,12 @@ def _prelu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if spec is None:
         return NotImplemented
     if global_shape(weight).numel() == 1:
-        return wrap(func(value, share(whole(weight, "prelu"), spec.columns, "prelu")), spec.moved(spec.dim))
-    if spec.dim != 1:
+        return wrap(func(value, share(whole(weight, "prelu"), spec.columns, "prelu")), spec.unnamed)
+    dims = [axis.dim for axis in spec.axes]
+    if dims == [1]:
+        slope = _localize(weight, Spec(0, spec.axes[0].partition, spec.columns), 1, "prelu")
+    elif min(dims) > 1:
+        slope = share(whole(weight, "prelu"), spec.columns, "prelu")
+    else:
         return NotImplemented
-    slope = _localize(weight, Spec(0, spec.partition, spec.columns), 1, "prelu")
-    return wrap(func(value, slope), spec.moved(spec.dim))
+    return wrap(func(value, slope), spec.unnamed)

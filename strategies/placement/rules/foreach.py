@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensor import ColumnTensor, global_shape, rule, spec_of, to_partition, wrap
+from ..tensor import SplitTensor, global_shape, spec_of, split_rule, to_partition, wrap
 
 # A private family whose members treat one list position at a time, elementwise, but for reductions and products.
 _OTHERS = {"_foreach_norm", "_foreach_max", "_foreach_min", "_foreach_powsum", "_foreach_mm"}
@@ -34,7 +34,7 @@ def _elementwise_list(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             return NotImplemented
         if in_place and found and spec_of(lists[0][position]) is None:
             return NotImplemented  # a replicated target takes the gathered value
-    if any(isinstance(value, ColumnTensor) for value in args):
+    if any(isinstance(value, SplitTensor) for value in args):
         return NotImplemented
 
     def local(value: Any) -> Any:
@@ -49,16 +49,15 @@ def _elementwise_list(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if in_place or result is None:
         return result
     return tuple(
-        tensor if spec is None else wrap(tensor, spec.moved(spec.dim))
-        for tensor, spec in zip(result, specs, strict=True)
+        tensor if spec is None else wrap(tensor, spec.unnamed) for tensor, spec in zip(result, specs, strict=True)
     )
 
 
 for _name in _FOREACH:
-    rule(getattr(torch, _name))(_elementwise_list)
+    split_rule(getattr(torch, _name))(_elementwise_list)
 
 
-@rule(torch._foreach_norm)
+@split_rule(torch._foreach_norm)
 def _foreach_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Global norms, one message for the whole list; this is what clips gradients by their true norm."""
     tensors = args[0]
@@ -76,7 +75,7 @@ def _foreach_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return tuple(norms)
 
 
-@rule(torch._amp_foreach_non_finite_check_and_unscale_)
+@split_rule(torch._amp_foreach_non_finite_check_and_unscale_)
 def _unscale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Loss scaling: an overflow in one column's gradients must make all columns skip the step."""
     grads, found_inf = args[0], args[1]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..exchange import exchange, share
+from ..hybrid.linear import ExampleColumns, linear_in_passes
 from ..partition import Partition, Range, union
 from ..tensor import Spec, rule, spec_of, to_partition, whole, wrap
 
@@ -78,7 +79,7 @@ def _needed(value: Tensor, dim: int, need: Partition, spec: Spec) -> Tensor:
     if own is not None and own.dim != dim:
         value, own = whole(value, spec.name), None
     if own is not None:
-        return exchange(_autocast(value), dim, own.partition, need, columns, spec.name)
+        return exchange(autocast(value), dim, own.partition, need, columns, spec.name)
     value = share(value, columns, spec.name)
     held = need.ranges[rank]
     if held == ((0, need.size),):
@@ -86,7 +87,7 @@ def _needed(value: Tensor, dim: int, need: Partition, spec: Spec) -> Tensor:
     return torch.cat([value.narrow(dim, start, stop - start) for start, stop in held], dim)
 
 
-def _autocast(value: Tensor) -> Tensor:
+def autocast(value: Tensor) -> Tensor:
     """What the layer will be computed in is what travels: half the bytes, the same numbers."""
     device = value.device.type
     if value.dtype is torch.float32 and torch.is_autocast_enabled(device):
@@ -166,6 +167,9 @@ def _linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     spec = spec_of(weight)
     if spec is None or spec.dim != 0 or weight.ndim != 2:
         return NotImplemented
+    if isinstance(spec.columns, ExampleColumns):
+        bias = _bias(named.get("bias"), spec.partition, spec)
+        return linear_in_passes(autocast(whole(value, spec.name)), autocast(weight), bias, spec)
     dim = value.ndim - 1
     local = _needed(value, dim, Partition.whole(weight.shape[1], spec.partition.num_ranks), spec)
     result = func(local, weight, _bias(named.get("bias"), spec.partition, spec))

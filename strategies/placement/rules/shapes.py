@@ -13,7 +13,7 @@ from ..partition import Partition
 from ..tensor import Spec, global_shape, rule, spec_of, to_partition, wrap
 
 
-def _sizes(args: tuple[Any, ...], kwargs: dict[str, Any], key: str = "shape") -> list[int]:
+def sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any], key: str = "shape") -> list[int]:
     """The sizes given as ``f(x, 2, 3)``, ``f(x, (2, 3))`` or by name."""
     rest = args[1:] or (kwargs[key] if key in kwargs else kwargs["size"],)
     return list(rest[0]) if len(rest) == 1 and not isinstance(rest[0], int) else list(rest)
@@ -88,7 +88,7 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if -1 in sizes:
             sizes[sizes.index(-1)] = shape[dim] // -math.prod(sizes)
         return _reshape(Tensor.reshape, tensor, shape[:dim] + sizes + shape[dim + 1 :])
-    return _reshape(Tensor.view if func is Tensor.view else Tensor.reshape, tensor, _sizes(args, kwargs))
+    return _reshape(Tensor.view if func is Tensor.view else Tensor.reshape, tensor, sizes_of(args, kwargs))
 
 
 @rule(Tensor.flatten, torch.flatten)
@@ -108,7 +108,7 @@ def _permuted(func: Any, tensor: Tensor, order: list[int], args: tuple[Any, ...]
 @rule(Tensor.permute, torch.permute)
 def _permute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor = args[0]
-    return _permuted(func, tensor, [dim % tensor.ndim for dim in _sizes(args, kwargs, "dims")], args, kwargs)
+    return _permuted(func, tensor, [dim % tensor.ndim for dim in sizes_of(args, kwargs, "dims")], args, kwargs)
 
 
 @rule(Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims)
@@ -159,7 +159,7 @@ def _expand(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     spec = spec_of(tensor)
     if spec is None:  # a replicated tensor that takes a split one's shape
         return tensor.expand(global_shape(args[1])) if func is Tensor.expand_as else NotImplemented
-    target = list(global_shape(args[1])) if func is Tensor.expand_as else _sizes(args, kwargs, "size")
+    target = list(global_shape(args[1])) if func is Tensor.expand_as else sizes_of(args, kwargs, "size")
     dim = spec.dim + len(target) - tensor.ndim
     if target[dim] not in (-1, spec.partition.size):
         return NotImplemented

@@ -211,12 +211,12 @@ def augmentation(cell: Cell) -> dict[str, Any]:
             trainer.fit(module, cell.loader(data=Augmented(), num_workers=num_workers))
             seen = torch.stack(module.seen)
             assert seen.unique().numel() == len(seen), "augmentation repeats itself"
-            if cell.has_columns:
+            if cell.shares_batches:
                 across = _gathered(seen)
                 columns = cell.entry.num_ranks // cell.num_replicas
                 first = cell.rank // columns * columns
                 for other in range(first, first + columns):
-                    assert torch.equal(across[other], seen), "columns saw different batches"
+                    assert torch.equal(across[other], seen), "ranks of a replica saw different batches"
                 if cell.num_replicas > 1:
                     assert not torch.equal(across[0], across[-1]), "replicas saw the same batches"
     assert not warned(caught, "loaded different batches"), "fell back to sending"
@@ -247,10 +247,10 @@ def unseeded(cell: Cell) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cell.trainer().fit(module, cell.loader(data=Unseeded()))
-    if cell.has_columns:
+    if cell.shares_batches:
         assert warned(caught, "loaded different batches") or cell.rank
         across = _gathered(torch.stack(module.seen))
-        assert torch.equal(across[0], across[1]), "columns saw different batches"
+        assert torch.equal(across[0], across[1]), "ranks of a replica saw different batches"
     if cell.entry.num_ranks > 1:
         mine = torch.cat([value.flatten() for value in weights(module).values()])
         assert torch.allclose(mine, cell.mean(mine.clone()), rtol=1e-15), "ranks parted"

@@ -194,7 +194,7 @@ def _fit_compiled(cell: Cell, module: Any) -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             observed = cell.fit(module, max_epochs=1)
-        if cell.has_columns:
+        if cell.shares_batches:
             assert warned(caught, "it runs uncompiled") == (cell.rank == 0)
         return observed
     finally:

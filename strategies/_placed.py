@@ -1,0 +1,199 @@
+"""A module that is split over the ranks of each replica, in whatever way: its steps, its checkpoints, its end."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.fabric.utilities.optimizer import _optimizer_to_device, _optimizers_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from ._mesh import MeshStrategy
+from ._placing import INTERRUPTED, log_graph, num_images, refuse_interrupted, run_eagerly
+from .placement.batches import BatchSource
+from .placement.columns import Crossing
+from .placement.layout import Layout
+from .placement.module import unplace, whole_state_dict
+from .placement.optimizers import gather_optimizer_state, take_optimizer_state, whole_optimizer_state, wrap_step
+from .placement.rules.norms import synchronize_buffers
+from .placement.tensor import no_dispatch, whole
+
+
+class PlacedStrategy(MeshStrategy):
+    """Ranks that hold one module between them, and say what crosses.
+
+    Args:
+        num_columns: Ranks of one replica.
+        data_parallel_size: Number of replicas.
+        batches: ``"auto"`` or ``"broadcast"``.
+        overrides: ``{layer name or pattern: split}`` where a layer is to live elsewhere than it would.
+        **options: Passed on to Lightning.
+
+    """
+
+    def __init__(
+        self,
+        num_columns: int,
+        data_parallel_size: int,
+        batches: BatchSource,
+        overrides: Mapping[str, str],
+        **options: Any,
+    ) -> None:
+        super().__init__(num_columns, data_parallel_size, batches, **options)
+        self.layout: Layout | None = None
+        self._overrides = overrides
+        self._last_crossings: list[Crossing] = []
+        self._stance: Any = None  # of torch.compile, while the module is split
+        self._in_training_step = False
+
+    @property
+    def crossings(self) -> list[Crossing]:
+        """What each crossing of the last training step sent per image, forward and backward."""
+        return self._columns.ledger.crossings if self._in_training_step else self._last_crossings
+
+    # ------------------------------------------------------------------ the module
+
+    def setup(self, trainer: Trainer) -> None:
+        """Place the module, then let the optimizers see what this rank holds."""
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        refuse_interrupted(self.lightning_module)
+        self.accelerator.setup(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and self._layer_sync and self.data_parallel_size > 1:
+            self.model = self._layer_sync.apply(self.lightning_module)
+        self.precision_plugin.convert_module(self.lightning_module)
+        self.model_to_device()
+        self._broadcast_module(self.lightning_module)
+        if self.num_columns > 1 and self._stance is None:
+            self._stance = run_eagerly(self.lightning_module)
+        log_graph(self.lightning_module, trainer.loggers)
+        self.layout = self._place(self.lightning_module)
+        self._adopt_metrics(self.lightning_module)
+        if fitting:
+            self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                wrap_step(optimizer, self.reduce if self.data_parallel_size > 1 else None)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _derive(self, module: LightningModule, derive: Callable[[LightningModule, Any], Layout]) -> Layout | None:
+        """What ``derive`` makes of the module's example input, if it has one that its forward can take."""
+        example = module.example_input_array
+        if example is None or self.num_columns == 1:
+            return None
+        trainer, module._trainer = module._trainer, None  # no part of what is copied
+        try:
+            return derive(module, example)
+        except MisconfigurationException:
+            raise
+        except Exception as error:  # an example that forward can't take must not stop a run that doesn't need it
+            rank_zero_info(f"example_input_array was not used to derive the layout: {error}")
+            return None
+        finally:
+            module._trainer = trainer
+
+    @abstractmethod
+    def _place(self, module: LightningModule) -> Layout:
+        """Split the module over the ranks, in place."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Run the user's step, and log what crossed."""
+        self._start_step(args, training=True)
+        output = self._step(super().training_step, *args, **kwargs)
+        self._log_crossings()
+        return output
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Run the user's step; what it returns is whole."""
+        self._start_step(args, training=False)
+        return self._step(super().validation_step, *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Run the user's step; what it returns is whole."""
+        self._start_step(args, training=False)
+        return self._step(super().test_step, *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's step; what it returns is whole."""
+        self._start_step(args, training=False)
+        return self._step(super().predict_step, *args, **kwargs)
+
+    def _start_step(self, args: tuple[Any, ...], training: bool) -> None:
+        if self._in_training_step:
+            self._last_crossings = self._columns.ledger.crossings
+        self._in_training_step = training
+        self._columns.ledger.start_step(num_images(args[0]) if args else 1)
+
+    def _step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        output = step(*args, **kwargs)
+        synchronize_buffers()
+        with no_dispatch():
+            complete: STEP_OUTPUT = tree_map(lambda value: whole(value, "step output"), output)
+            return complete
+
+    def _log_crossings(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if self.num_columns == 1 or module._trainer is None:
+            return
+        now = self._columns.ledger.crossings
+        past = {crossing.name: crossing for crossing in self._last_crossings}
+        values = {f"crossings/{crossing.name or 'module'}": crossing.floats_per_image_forward for crossing in now}
+        values["crossings/forward_floats"] = sum(crossing.floats_per_image_forward for crossing in now)
+        values["crossings/backward_floats"] = sum(crossing.floats_per_image_backward for crossing in past.values())
+        values["crossings/bytes"] = sum(crossing.bytes_per_image_forward for crossing in now) + sum(
+            crossing.bytes_per_image_backward for crossing in past.values()
+        )
+        # The last finished backward pass is that of the step before: nothing to log on the first step of all.
+        if not past:
+            del values["crossings/backward_floats"], values["crossings/bytes"]
+        module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+
+    # ------------------------------------------------------------------ optimizers and checkpoints
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The optimizer state that one device would hold."""
+        return whole_optimizer_state(optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this rank's part of whole states."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict(take_optimizer_state(optimizer, state))
+            _optimizer_to_device(optimizer, self.root_device)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state dict that one device would hold."""
+        assert self.lightning_module is not None
+        return whole_state_dict(self.lightning_module)
+
+    # ------------------------------------------------------------------ the end
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Nobody answers any more: keep teardown from asking, and hang up, so that those who wait hear of it."""
+        self._columns.close(INTERRUPTED)
+        self._release()
+        self.device_mesh = None
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        """Give the module back whole, as it came."""
+        if self.lightning_module is not None and not self._columns.closed:
+            for optimizer in self.optimizers:
+                gather_optimizer_state(optimizer)
+            unplace(self.lightning_module)
+        self._release()
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+        super().teardown()
