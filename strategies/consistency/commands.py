@@ -23,7 +23,7 @@ class Commands:
     def __init__(self, give: Callable[[Header], None], announce: Callable[[Worker, Header, bytes], None]) -> None:
         self._give = give
         self._announce = announce
-        self._announcements: deque[tuple[int, Worker, Header, bytes] | tuple[int, Then]] = deque()
+        self._announcements: deque[tuple[int, Then, Callable[[str], None]]] = deque()  # and what if it fails
         self._numbers: dict[int, list[list[float]]] = {}  # that shards have told, by command
         self._held: list[Header] = []
         self._done: list[int] = []
@@ -52,13 +52,17 @@ class Commands:
     def issue(self, command: Header, worker: Worker, announcement: Header, payload: bytes = b"") -> None:
         """Give a command its number; its worker hears when all shards have carried it out."""
         self._number(command)
-        self._announcements.append((self.last, worker, announcement, payload))
+
+        def fail(message: str) -> None:
+            self._announce(worker, {**announcement, "failed": message}, b"")
+
+        self._announcements.append((self.last, lambda _: self._announce(worker, announcement, payload), fail))
         self._give_or_hold(command)
 
     def ask(self, command: Header, then: Then) -> None:
         """Give a command its number; what all shards have found goes to ``then``, a list a shard."""
         self._number(command)
-        self._announcements.append((self.last, then))
+        self._announcements.append((self.last, then, lambda message: None))
         self._give_or_hold(command)
 
     def _number(self, command: Header) -> None:
@@ -82,18 +86,13 @@ class Commands:
 
     def _tell(self) -> None:
         while self._announcements and self._announcements[0][0] <= self.num_done:
-            number, *said = self._announcements.popleft()
-            if len(said) == 1:
-                said[0](self._numbers.pop(number, []))
-            else:
-                self._announce(*said)
+            number, then, _ = self._announcements.popleft()
+            then(self._numbers.pop(number, []))
 
     def fail(self, message: str) -> None:
         """Nothing more will be done: say so to who waits for it."""
-        for _, *said in self._announcements:
-            if len(said) > 1:
-                worker, announcement, _ = said
-                self._announce(worker, {**announcement, "failed": message}, b"")
+        for _, _, fail in self._announcements:
+            fail(message)
         self._announcements.clear()
 
     def hold(self, reader: Worker) -> None:

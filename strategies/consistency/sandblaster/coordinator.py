@@ -38,7 +38,8 @@ class BatchCoordinator(Coordinator):
 
     def __init__(self, options: RunOptions, send: Send, command: Callable[[Header], None]) -> None:
         super().__init__(options, send, self._count_and(command))
-        self.queue: Portions = Portions()  # type: ignore[assignment]  (all that the base class asks of its own)
+        self.portions = Portions()
+        self.queue: Any = self.portions  # it can do all that the base class wants of its own
         self.point: Point | None = None
         self.num_scalar_bytes = 0  # told to shards and by them, besides what concerns a portion
         self.num_thinking = 0  # vector operations so far
@@ -119,18 +120,18 @@ class BatchCoordinator(Coordinator):
         self._into = wanted.gradient
         self.commands.ask(Combine(wanted.gradient).header(), lambda parts: None)
         self._evaluation += 1
-        self.queue.begin(self._first_serial + self._evaluation, self._evaluation)
+        self.portions.begin(self._first_serial + self._evaluation, self._evaluation)
 
     # ------------------------------------------------------------------ portions
 
     def _on_epoch(self, worker: Worker, header: Header, payload: bytes) -> bool:
-        return self._answer(worker, header, {"open": self.queue.order is not None})
+        return self._answer(worker, header, {"open": self.portions.order is not None})
 
     def _on_lease(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """A portion; a spare one, which is worth nothing; the end of the worker's epoch; or nothing yet."""
         if self._over(worker, header):
             return True
-        epoch, portions = int(header["epoch"]), self.queue
+        epoch, portions = int(header["epoch"]), self.portions
         is_ahead = bool(header.get("ahead"))  # of what it has not computed yet
         ends_last = worker.rank == LEADER and bool(header.get("last")) and epoch == self._evaluation
         if epoch >= self._evaluation and portions.is_open:
@@ -161,7 +162,7 @@ class BatchCoordinator(Coordinator):
         """A portion that others have, if this worker may well be faster."""
         if not self._backs_up:
             return None
-        return self.queue.lease_again(worker.key, lambda holders: self._pace.are_late(holders, worker.key))
+        return self.portions.lease_again(worker.key, lambda holders: self._pace.are_late(holders, worker.key))
 
     def handle(self, peer: Any, header: Header, payload: bytes = b"", now: float = 0.0) -> None:
         """Take one message of a worker."""
@@ -189,7 +190,7 @@ class BatchCoordinator(Coordinator):
             raise ValueError("a push before join, or with another number of losses than portions")
         if worker.displaced:
             return self._answer(worker, header, {"moved": True})
-        portions = self.queue
+        portions = self.portions
         if not portions.holds(worker.key, tickets):
             self.num_lost += 1
             portions.give_back(worker.key, tickets)  # what it still had of a push of several portions
@@ -232,7 +233,7 @@ class BatchCoordinator(Coordinator):
         command = {"op": "fetch", "mailbox": worker.mailbox, "fetch": header["buffer"], "vector": 0}
         if ends and self.point is not None:
             command["vector"] = self.point.weights
-        said = {"re": header["id"], "version": self.version, "serial": self.queue.serial}
+        said = {"re": header["id"], "version": self.version, "serial": self.portions.serial}
         self.commands.issue(command, worker, said)
         return True
 
@@ -261,7 +262,7 @@ class BatchCoordinator(Coordinator):
         return super().report() | {
             "point": point,
             "evaluation": self._evaluation,
-            "num_again": self.queue.num_again,
+            "num_again": self.portions.num_again,
             "num_operations": self.num_thinking,
             "num_scalar_bytes": self.num_scalar_bytes,
         }

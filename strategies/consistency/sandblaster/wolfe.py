@@ -128,7 +128,7 @@ class LineSearch:
             left, right = sorted(end.step for end in ends)
             if (right - left) * self._length < self._tolerance_change:
                 break
-            step = interpolate(*ends)
+            step = interpolate(ends[0], ends[1])
             margin = _MARGIN * (right - left)
             if min(right - step, step - left) < margin:
                 if is_slow or step >= right or step <= left:
