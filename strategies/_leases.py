@@ -108,7 +108,7 @@ class LeasedBatches:
         """The batches of an epoch, from the user's sampler under a seed of the epoch's own."""
         sampler = self._source.sampler
         epoch = 0 if self.has_one_order else epoch
-        with _seeded(self._seed + epoch):
+        with seeded(self._seed + epoch):
             for part in (sampler, self._source.batch_sampler):
                 if callable(getattr(part, "set_epoch", None)):
                     part.set_epoch(epoch)  # type: ignore[union-attr]
@@ -177,7 +177,8 @@ class LeasedBatches:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed in here, and outside as if nothing had been drawn."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,14 +11,17 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.utils._pytree import tree_leaves
 
 from ._due import callbacks_of
-from ._leases import LeasedBatches, leased_batches
+from ._leases import LeasedBatches, leased_batches, seeded
 
 _INSTEAD = 'or use Trainer(strategy="downpour")'
+_NUM_LOOKED_AT = 4  # samples of a data set
 _COUPLED = (SGD, Adam, Adagrad, Adadelta, RMSprop)  # add weight_decay times the weights to the gradient
 
 
@@ -131,6 +135,25 @@ def warn_of_noise(module: LightningModule) -> None:
             f"{type(module).__name__} changes batches as they come. If it does so at random, a line search compares"
             " values of different functions: what is augmented must be the same in each epoch."
         )
+
+
+def warn_of_random_data(dataset: Any) -> None:
+    """Say if a data set makes something else of a sample each time.
+
+    Args:
+        dataset: With ``__getitem__``; some of its samples are looked at twice.
+
+    """
+    with seeded(0):
+        for index in range(min(len(dataset), _NUM_LOOKED_AT)):
+            first, again = (tree_leaves(dataset[index]) for _ in range(2))
+            if any(isinstance(a, Tensor) and not a.equal(b) for a, b in zip(first, again, strict=False)):
+                rank_zero_warn(
+                    f"{type(dataset).__name__} makes something else of a sample each time it is asked. A line search"
+                    " compares values of different functions so, and ends where it finds no step that helps: leave"
+                    " augmentation out (data.max_shift=0, data.flip=false in Squall's own data sets)."
+                )
+                return
 
 
 def leased_or_error(leased: object, loader: object) -> LeasedBatches:

@@ -16,12 +16,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ._arguments import check_flag, check_whole
 from ._asynchronous import parameters_of
-from ._line_search import check_trainer, decays_of, leased_or_error, warn_of_noise
+from ._line_search import check_trainer, decays_of, leased_or_error, warn_of_noise, warn_of_random_data
 from ._updating import UpdatingStrategy
 from .consistency import snapshot as snapshots
 from .consistency.client import Client, CoordinatorGoneError
@@ -215,6 +216,7 @@ class SandblasterStrategy(UpdatingStrategy):
         leased = super().process_dataloader(dataloader)
         if self._makes_training_loaders and self._fitting:
             batches = leased_or_error(leased, dataloader)
+            warn_of_random_data(dataloader.dataset)
             batches.epoch = self._begin_epoch
             self._portions = batches.keep_one_order(self.batch_size)
         return leased
@@ -484,6 +486,12 @@ class SandblasterStrategy(UpdatingStrategy):
 
     def _leave(self, stop: bool) -> int | None:
         return self.replica.leave(stop)
+
+    def _keep_the_end(self) -> None:
+        super()._keep_the_end()
+        reason = str(self._last_report["stopped"])
+        if "tolerance" in reason:
+            rank_zero_info(f"L-BFGS ended after {self._version} iterations: {reason}.")
 
     def _leave_run(self) -> None:
         if self._replica is not None:

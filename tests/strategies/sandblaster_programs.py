@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import squall
 from squall.consistency.hosting import get_host
@@ -332,8 +332,20 @@ def fit_with_data_workers(path: str) -> dict[str, Any]:
     return result(fitter, module)
 
 
+class Shifted(Dataset[Any]):
+    """Augmented samples."""
+
+    def __len__(self) -> int:
+        return NUM
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = samples()[index]
+        return x + torch.randn(()), y
+
+
 def warnings_of(path: str, net: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(path, max_epochs=1).fit(Module(net), loader())
+        data = DataLoader(Shifted(), batch_size=7) if net == "shifted" else loader()
+        trainer(path, max_epochs=1).fit(Module(net if net in NETS else "mlp"), data)
     return [str(warning.message) for warning in caught]

@@ -163,7 +163,11 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_name(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("net", "message"),
-    [("dropout", "draws anew at each evaluation"), ("batchnorm", "normalises each portion by itself")],
+    [
+        ("dropout", "draws anew at each evaluation"),
+        ("batchnorm", "normalises each portion by itself"),
+        ("shifted", "makes something else of a sample"),
+    ],
 )
 def test_noise_is_warned_of(tmp_path: Path, net: str, message: str) -> None:
     assert any(message in warning for warning in fit(1, programs.warnings_of, str(tmp_path), net)[0])
