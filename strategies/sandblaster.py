@@ -380,7 +380,7 @@ class SandblasterStrategy(UpdatingStrategy):
     def _read_snapshot(self, with_state: bool) -> snapshots.Snapshot:
         trainer = self._trainer
         after = {}
-        if self._in_loop and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if self.is_leader and self._in_loop and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             after = {"after": self._epoch()[0]}
         assert self._plan is not None
         plan = self._plan
@@ -390,7 +390,7 @@ class SandblasterStrategy(UpdatingStrategy):
 
         self._insisting(self.replica.settle)
         report, weights, self._reached = self._insisting(
-            lambda: read(self.client, attach, len(plan.slices), with_state and self.is_leader, after)
+            lambda: read(self.client, attach, len(plan.slices), with_state, after)
         )
         weights = tuple(flat.view(info.shape) for flat, info in zip(weights, plan.parameters, strict=True))
         nothing: tuple[dict[str, Any], ...] = tuple({} for _ in plan.parameters)

@@ -349,3 +349,18 @@ def warnings_of(path: str, net: str) -> list[str]:
         data = DataLoader(Shifted(), batch_size=7) if net == "shifted" else loader()
         trainer(path, max_epochs=1).fit(Module(net if net in NETS else "mlp"), data)
     return [str(warning.message) for warning in caught]
+
+
+def fit_with_a_killed_rank(path: str, rank: int, at: int) -> None:
+    """As a user's script: three ranks, of which one is killed."""
+
+    def kill(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    module = Module()
+    fitter = trainer(
+        path, squall.SandblasterStrategy(num_shards=2), devices=3, max_steps=10, callbacks=[Fault(at, kill, rank)]
+    )
+    fitter.fit(module, loader(4))
+    if fitter.global_rank == 0:
+        torch.save(result(fitter, module), f"{path}/result.pt")

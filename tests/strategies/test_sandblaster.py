@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +125,40 @@ def test_a_lost_process_changes_nothing(tmp_path: Path, fault: str, at: int) -> 
     report = results[0]["report"]
     if fault == "shard":
         assert report["num_samples"] == programs.NUM * report["point"]["num_evaluations"]
+
+
+def run_with_a_killed_rank(path: Path, rank: int, at: int) -> int:
+    script = path / "script.py"
+    script.write_text(
+        "from tests.strategies.sandblaster_programs import fit_with_a_killed_rank\n"
+        f"if __name__ == '__main__':\n    fit_with_a_killed_rank({str(path)!r}, {rank}, {at})\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], cwd=path, env=environment, capture_output=True, timeout=200)
+    return done.returncode
+
+
+def test_a_killed_rank_changes_nothing(tmp_path: Path) -> None:
+    assert run_with_a_killed_rank(tmp_path, rank=2, at=9) == 0
+    found = torch.load(tmp_path / "result.pt", weights_only=False)
+    torch.testing.assert_close(found["weights"], programs.torch_weights(10)[0], rtol=0, atol=1e-8)
+    report = found["report"]
+    assert report["num_reissued"] > 0
+    assert report["num_samples"] == programs.NUM * report["point"]["num_evaluations"]
+
+
+def test_a_killed_leader_leaves_what_was_learned(tmp_path: Path) -> None:
+    assert run_with_a_killed_rank(tmp_path, rank=0, at=20) != 0
+    deadline = time.monotonic() + 60
+    while not (found := list(tmp_path.glob("rank0-lost-step=*.ckpt"))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    checkpoint = torch.load(found[0], weights_only=False)
+    module = programs.Module()
+    module.load_state_dict(checkpoint["state_dict"])
+    expected, _ = programs.torch_weights(checkpoint["global_step"])
+    torch.testing.assert_close(programs.flat(module), expected, rtol=0, atol=1e-8)
+    assert checkpoint["squall_asynchronous"]["lbfgs"]["point"]["iteration"] == checkpoint["global_step"] > 0
 
 
 def test_a_slow_rank_is_not_waited_for(tmp_path: Path) -> None:

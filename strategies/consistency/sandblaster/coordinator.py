@@ -244,7 +244,7 @@ class BatchCoordinator(Coordinator):
         return super()._on_snapshot(worker, header, payload)
 
     def _waits_for(self, worker: Worker, evaluation: int) -> bool:
-        if self.stopped or self.failure or self._evaluation > evaluation:
+        if self.stopped or self.failure or self.leader_lost or self._evaluation > evaluation:
             return False
         return self._is_thinking or any(
             other is not worker and other.in_loop and not other.finished for other in self.live
