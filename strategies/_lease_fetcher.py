@@ -38,14 +38,14 @@ class LeaseFetcher(_PrefetchDataFetcher):
         return ours
 
     def __iter__(self) -> LeaseFetcher:
+        self._leased.dealt.extend(self._dealt)  # if a hook has ended the epoch before they were seen
+        self._dealt.clear()
         _DataFetcher.__iter__(self)
         return self
 
     def reset(self) -> None:
         """Forget how long the loader says it is: that is the length for all workers together."""
         super().reset()
-        self._leased.dealt.extend(self._dealt)  # if a hook has ended the epoch before they were seen
-        self._dealt.clear()
         self.length = None
         self.done = False
 

@@ -69,12 +69,13 @@ class LeasedBatches:
         self.done_before: dict[int, Order] = {}
         self.dealt: deque[Dealt] = deque()  # to batches that have not reached the loop
         self.in_hand = False  # whether the loop is about to compute one
-        self.has_one_order = False  # for all epochs
+        self._one_order: Order | None = None  # of all epochs
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __iter__(self) -> Iterator[Any]:
+        self.in_hand = False
         self.give_back()
         epoch, last = self.epoch()
         call = self.call
@@ -106,8 +107,9 @@ class LeasedBatches:
 
     def order(self, epoch: int) -> Order:
         """The batches of an epoch, from the user's sampler under a seed of the epoch's own."""
+        if self._one_order is not None:
+            return self._one_order
         sampler = self._source.sampler
-        epoch = 0 if self.has_one_order else epoch
         with seeded(self._seed + epoch):
             for part in (sampler, self._source.batch_sampler):
                 if callable(getattr(part, "set_epoch", None)):
@@ -132,12 +134,13 @@ class LeasedBatches:
             num_samples: How many samples they are to have, or up to a batch more; None for all.
 
         """
-        self.has_one_order = True
         order = self.order(0)
         if num_samples is not None:
             starts = list(accumulate(order.sizes, initial=0))
             self._num_batches = max(1, sum(start < num_samples for start in starts[:-1]))
-            order = self.order(0)
+            size, count = sum(order.sizes[: self._num_batches]), self._num_batches
+            order = Order(order.sizes[:count], order.samples[:size], order.done[:count])
+        self._one_order = order
         return order
 
     def digest(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -56,6 +57,11 @@ def check_trainer(trainer: Trainer) -> None:
             f"{type(module).__name__}.configure_gradient_clipping clips the gradients of portions, which would no"
             f" longer be those of the loss, which a line search relies on. Leave it out, {_INSTEAD}."
         )
+    if trainer.reload_dataloaders_every_n_epochs:
+        raise MisconfigurationException(
+            f"reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs}: a line search needs the"
+            f" same data in each epoch. Leave it at 0, {_INSTEAD}."
+        )
     if trainer.gradient_clip_val:
         raise MisconfigurationException(
             f"gradient_clip_val={trainer.gradient_clip_val}: the gradients of portions would no longer be those of the"
@@ -90,6 +96,11 @@ def decays_of(optimizers: Sequence[Optimizer], trainer: Trainer) -> list[float]:
         )
     (optimizer,) = optimizers
     for group in optimizer.param_groups:
+        if group.get("maximize"):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__}(maximize=True): sandblaster minimises. Return the negative of what is to"
+                " be large from training_step."
+            )
         for parameter in group["params"]:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise MisconfigurationException(
@@ -97,6 +108,7 @@ def decays_of(optimizers: Sequence[Optimizer], trainer: Trainer) -> list[float]:
                     f" gradients are lost. Set precision='32-true' or '64-true', {_INSTEAD}."
                 )
     is_coupled = isinstance(optimizer, _COUPLED) and not isinstance(optimizer, AdamW)
+    is_coupled = is_coupled and not any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
     unused = [] if isinstance(optimizer, torch.optim.LBFGS) else [f"{type(optimizer).__name__} isn't stepped"]
     if trainer.lr_scheduler_configs:
         unused.append("learning rate schedulers have no effect")
@@ -137,23 +149,30 @@ def warn_of_noise(module: LightningModule) -> None:
         )
 
 
-def warn_of_random_data(dataset: Any) -> None:
+def warn_of_random_data(dataset: Any, indices: Sequence[int]) -> None:
     """Say if a data set makes something else of a sample each time.
 
     Args:
         dataset: With ``__getitem__``; some of its samples are looked at twice.
+        indices: Of its samples.
 
     """
     with seeded(0):
-        for index in range(min(len(dataset), _NUM_LOOKED_AT)):
+        for index in indices[:_NUM_LOOKED_AT]:
             first, again = (tree_leaves(dataset[index]) for _ in range(2))
-            if any(isinstance(a, Tensor) and not a.equal(b) for a, b in zip(first, again, strict=False)):
+            if any(_differ(a, b) for a, b in zip(first, again, strict=False)):
                 rank_zero_warn(
                     f"{type(dataset).__name__} makes something else of a sample each time it is asked. A line search"
                     " compares values of different functions so, and ends where it finds no step that helps: leave"
                     " augmentation out (data.max_shift=0, data.flip=false in Squall's own data sets)."
                 )
                 return
+
+
+def _differ(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return not first.equal(second)
+    return isinstance(first, np.ndarray) and not np.array_equal(first, second)
 
 
 def leased_or_error(leased: object, loader: object) -> LeasedBatches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import Trainer
@@ -25,9 +27,10 @@ from ._asynchronous import parameters_of
 from ._line_search import check_trainer, decays_of, leased_or_error, warn_of_noise, warn_of_random_data
 from ._updating import UpdatingStrategy
 from .consistency import snapshot as snapshots
-from .consistency.client import Client, CoordinatorGoneError
+from .consistency.client import Client, CoordinatorGoneError, RunFailedError
 from .consistency.coordinator import LEADER
 from .consistency.hosting import get_host, is_host_lost, replace_host
+from .consistency.jobs import Address, find_job
 from .consistency.memory import Segment
 from .consistency.order import Order
 from .consistency.packing import Sums
@@ -166,7 +169,8 @@ class SandblasterStrategy(UpdatingStrategy):
         self._is_computed = True
         self._num_left = 0
         self._pushed_at = self._push_seconds = 0.0
-        self._num_evaluations = 0
+        self._num_evaluations = 0  # that this rank has had a part in
+        self._last_serial = -1
         self._num_restarts = 0  # of what coordinates
         self._reached: OptimizerState | None = None
 
@@ -216,9 +220,9 @@ class SandblasterStrategy(UpdatingStrategy):
         leased = super().process_dataloader(dataloader)
         if self._makes_training_loaders and self._fitting:
             batches = leased_or_error(leased, dataloader)
-            warn_of_random_data(dataloader.dataset)
             batches.epoch = self._begin_epoch
             self._portions = batches.keep_one_order(self.batch_size)
+            warn_of_random_data(dataloader.dataset, list(self._portions.samples[:8]))
         return leased
 
     def _orders_of_the_checkpoint(self, batches: Any, dataset: Any) -> dict[int, Order]:
@@ -235,7 +239,7 @@ class SandblasterStrategy(UpdatingStrategy):
         sizes = [slice_.num_bytes for slice_ in self._plan.slices]
         names = host.request({"op": "memory", "num_bytes": sizes})["names"]
         memories = [SliceMemory(Segment(name), slice_) for name, slice_ in zip(names, self._plan.slices, strict=True)]
-        state = OptimizerState.of(self._resumed, self._parameters, self.options)
+        state = OptimizerState.of(self._resumed, self._function, self._parameters, self.options)
         fill(memories, self._parameters, state)
         options = replace(self.options, max_iterations=self._trainer.max_steps)
         point = None if state is None else state.point
@@ -250,7 +254,14 @@ class SandblasterStrategy(UpdatingStrategy):
             self._accrued = Sums(len(self._parameters))
         self._forget_accrued()
         self._replica.join()
-        self._version = max(self._version, self._replica.version)
+        self._version = self._replica.version
+
+    @property
+    def _function(self) -> str:
+        """What tells the loss that is minimised from others: its samples, and weight decay."""
+        assert self._portions is not None
+        samples = np.sort(np.array(self._portions.samples))
+        return hashlib.sha256(samples.tobytes() + repr(self._decays).encode()).hexdigest()[:16]
 
     @property
     def replica(self) -> Replica:
@@ -265,6 +276,9 @@ class SandblasterStrategy(UpdatingStrategy):
 
     def _heard(self, reply: Any) -> None:
         self._num_left = int(reply.get("left", 0))
+        if reply.get("stopped"):  # for good: no evaluation is left that could make more steps
+            loop = self._trainer.fit_loop
+            loop.min_epochs = loop.epoch_loop.min_steps = None
         super()._heard(reply)
 
     def _begin_epoch(self) -> tuple[int, bool]:
@@ -291,6 +305,8 @@ class SandblasterStrategy(UpdatingStrategy):
             self._tickets.append(self._current)
             self._keep_edits()
             self._rejoining(self.replica.fetch)
+        if self._current is not None and self._current[0] != self._last_serial:
+            self._last_serial = self._current[0]
             self._num_evaluations += 1
             self._pushed_at = time.perf_counter()
 
@@ -324,8 +340,10 @@ class SandblasterStrategy(UpdatingStrategy):
 
     def _step(self, optimizer: Optimizer, step: Callable[[], Any]) -> None:
         self._count(self._version)
-        if self._current is None:  # a spare portion
+        if self._current not in self._tickets:  # a spare portion, or one that was given up with its evaluation
+            self._is_computed = True
             return
+        assert self._current is not None
         if self._loss is None:
             raise MisconfigurationException(
                 "training_step returned None: sandblaster minimises the loss of the whole batch, of which each portion"
@@ -370,8 +388,9 @@ class SandblasterStrategy(UpdatingStrategy):
     def _add_decay(self, gradients: list[Tensor | None]) -> None:
         """Make ``weight_decay`` a part of the loss, as large a part as is accrued of the batch."""
         for index, (parameter, decay) in enumerate(zip(self._parameters, self._decays, strict=True)):
-            gradient = gradients[index]
-            if decay and gradient is not None:
+            if decay:
+                gradient = gradients[index]
+                gradient = torch.zeros_like(parameter) if gradient is None else gradient
                 gradients[index] = gradient.add(parameter.detach(), alpha=decay * self._weight)
                 self._losses[0] += 0.5 * decay * self._weight * float(parameter.detach().square().sum())
 
@@ -405,23 +424,23 @@ class SandblasterStrategy(UpdatingStrategy):
         self.replica.fetch()
 
     def _state_at(self, shot: snapshots.Snapshot) -> dict[str, Any]:
-        state = {} if self._reached is None else self._reached.dump()
+        state = {} if self._reached is None else self._reached.dump(self._function)
         return {"version": shot.version, "queue": {}} | state
 
     def _metrics(self) -> dict[str, float]:
         report, replica = self._last_report, self._replica
         metrics = {
-            "lbfgs/evaluations": float(report["evaluation"] + 1),
+            "lbfgs/evaluations": 0.0,
             "lbfgs/iterations": float(report["version"]),
             "portions/again": float(report["num_again"]),
             "portions/reissued": float(report["num_reissued"]),
             "workers/live": float(report["num_live"]),
-            "bytes/scalars": report["num_scalar_bytes"] / max(report["version"], 1),
+            "bytes/scalars": report["num_scalar_bytes"] / max(report["num_iterations"], 1),
         }
         if report["point"] is not None:
             point = report["point"]
-            metrics |= {"lbfgs/loss": point["loss"], "lbfgs/step_length": point["step_length"]}
-            metrics["lbfgs/largest_gradient"] = point["largest_gradient"]
+            metrics["lbfgs/evaluations"] = float(point["num_evaluations"])
+            metrics |= {f"lbfgs/{name}": point[name] for name in ("loss", "step_length", "largest_gradient")}
         if replica is not None and self._num_evaluations:
             metrics["bytes/pushed"] = replica.num_bytes_pushed / self._num_evaluations
             metrics["bytes/fetched"] = replica.num_bytes_fetched / self._num_evaluations
@@ -448,7 +467,8 @@ class SandblasterStrategy(UpdatingStrategy):
     def _replace_coordinator(self, error: CoordinatorGoneError) -> None:
         """Go on from the last iteration, with another process that coordinates."""
         while self._in_loop and self._num_restarts < _MAX_RESTARTS:
-            if self.is_leader and not is_host_lost(patience=2.0):
+            is_there = not is_host_lost(patience=2.0) if self.is_leader else self._is_same(find_job(self._job))
+            if is_there:
                 break  # it has hung up on this rank alone
             self._num_restarts += 1
             self.client.close()
@@ -459,7 +479,15 @@ class SandblasterStrategy(UpdatingStrategy):
                 return
             except CoordinatorGoneError as again:
                 error = again
+            except RuntimeError as again:  # lost once more, while it was told what to do
+                if isinstance(again, RunFailedError) or not self.is_leader:
+                    raise
+                error = CoordinatorGoneError(str(again))
         raise error
+
+    def _is_same(self, address: Address) -> bool:
+        """Whether a coordinator is the one that this rank spoke with."""
+        return address.opening == self.client.address.opening
 
     def _begin_again(self) -> Client:
         """Have another process coordinate the shards that a lost one has left."""
@@ -498,5 +526,6 @@ class SandblasterStrategy(UpdatingStrategy):
             self._replica.close()
         self._replica = self._plan = self._spec = self._portions = self._reached = self._current = None
         self._accrued = Sums(0)
-        self._num_restarts = 0
+        self._num_restarts = self._num_evaluations = 0
+        self._last_serial = -1
         super()._leave_run()

@@ -200,18 +200,21 @@ def fit_with_validation(path: str, num_epochs: int = 6, **options: Any) -> dict[
     return {**result(fitter, module), "seen": looks.seen, "loss": (report["point"] or {}).get("loss")}
 
 
-def fit_in_two(path: str, first: int, last: int, num_shards: int = 1, **options: Any) -> dict[str, Any]:
+def fit_in_two(
+    path: str, first: int, last: int, num_shards: int = 1, num_workers: int = 0, **options: Any
+) -> dict[str, Any]:
     """Interrupted after some evaluations, and gone on with as another run."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  (it may have children)
     module = Module()
     options["devices"] = int(os.environ["WORLD_SIZE"])  # which a first run takes out
     strategy = squall.SandblasterStrategy(num_shards=1)
     begun = trainer(path, strategy, max_epochs=first, callbacks=[ModelCheckpoint(path, save_last=True)],
                     enable_checkpointing=True)  # fmt: skip
-    begun.fit(module, loader())
+    begun.fit(module, loader(num_workers=num_workers))
     begun.save_checkpoint(f"{path}/stop.ckpt")
     other = Module()
     again = trainer(path, squall.SandblasterStrategy(num_shards=num_shards), max_steps=last, **options)
-    again.fit(other, loader(), ckpt_path=f"{path}/stop.ckpt", weights_only=False)
+    again.fit(other, loader(num_workers=num_workers), ckpt_path=f"{path}/stop.ckpt", weights_only=False)
     return {**result(again, other), "interrupted": begun.global_step}
 
 
@@ -243,11 +246,14 @@ def kill_the_coordinator(trainer: Trainer) -> None:
 FAULTS = {"shard": kill_a_shard, "coordinator": kill_the_coordinator}
 
 
-def fit_with_fault(path: str, fault: str, at: int, num_iterations: int = 10, **strategy: Any) -> dict[str, Any]:
+def fit_with_fault(
+    path: str, fault: str, at: int, num_iterations: int = 10, log_every_n_steps: int = 50, **strategy: Any
+) -> dict[str, Any]:
     module = Module()
     fitter = trainer(
-        path, squall.SandblasterStrategy(**strategy), max_steps=num_iterations, callbacks=[Fault(at, FAULTS[fault])]
-    )
+        path, squall.SandblasterStrategy(**strategy), max_steps=num_iterations, callbacks=[Fault(at, FAULTS[fault])],
+        log_every_n_steps=log_every_n_steps,
+    )  # fmt: skip
     fitter.fit(module, loader())
     return result(fitter, module)
 
@@ -285,6 +291,8 @@ class Wrong(Module):
             return None
         if self.what == "half":
             self.half()
+        if self.what == "maximize":
+            return torch.optim.SGD(self.parameters(), lr=0.1, maximize=True)
         return super().configure_optimizers()
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -305,6 +313,8 @@ def fit_wrong(path: str, what: str) -> None:
         options["gradient_clip_val"] = 1.0
     elif what == "accumulate":
         options["accumulate_grad_batches"] = 2
+    elif what == "reload":
+        options["reload_dataloaders_every_n_epochs"] = 1
     elif what == "stream":
         data = DataLoader(Stream(), batch_size=2)
     elif what == "two loaders":

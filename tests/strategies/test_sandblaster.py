@@ -102,9 +102,11 @@ def test_validation_sees_what_the_evaluation_has_led_to(tmp_path: Path, num_rank
     assert checkpoint["global_step"] == results[0]["step"] == steps[-1]
 
 
-@pytest.mark.parametrize(("num_ranks", "num_shards"), [(1, 1), (2, 3)])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, num_ranks: int, num_shards: int) -> None:
-    results = fit(num_ranks, programs.fit_in_two, str(tmp_path), 6, 14, num_shards)
+@pytest.mark.parametrize(("num_ranks", "num_shards", "num_workers"), [(1, 1, 0), (2, 3, 0), (2, 1, 1)])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, num_ranks: int, num_shards: int, num_workers: int
+) -> None:
+    results = fit(num_ranks, programs.fit_in_two, str(tmp_path), 6, 14, num_shards, num_workers)
     assert 0 < results[0]["interrupted"] < 14
     check(results, programs.torch_weights(14)[0])
 
@@ -161,6 +163,13 @@ def test_a_killed_leader_leaves_what_was_learned(tmp_path: Path) -> None:
     assert checkpoint["squall_asynchronous"]["lbfgs"]["point"]["iteration"] == checkpoint["global_step"] > 0
 
 
+@pytest.mark.parametrize("at", [10, 11])
+def test_a_coordinator_is_lost_where_weights_are_fetched_or_a_report_is_asked_for(tmp_path: Path, at: int) -> None:
+    """The portion in hand is given up with its evaluation. Nine portions are one: the tenth is another's first."""
+    results = fit(1, programs.fit_with_fault, str(tmp_path), "coordinator", at, push_every=1, log_every_n_steps=1)
+    check(results, programs.torch_weights(10)[0])
+
+
 def test_a_slow_rank_is_not_waited_for(tmp_path: Path) -> None:
     """Its portions are computed by others, and count once: by what is counted, not by a clock."""
     results = fit(2, programs.fit_slowly, str(tmp_path), {1: 0.4}, 6)
@@ -184,6 +193,8 @@ def test_a_slow_rank_is_not_waited_for(tmp_path: Path) -> None:
         ("half", "of torch.float16, in which differences"),
         ("clip", "gradient_clip_val=1.0"),
         ("accumulate", "accumulate_grad_batches=2"),
+        ("reload", "reload_dataloaders_every_n_epochs=1"),
+        ("maximize", r"SGD\(maximize=True\)"),
         ("stream", "has no samples that could be dealt out as portions"),
         ("two loaders", "has no samples that could be dealt out as portions"),
         ("edits", "weights were edited"),

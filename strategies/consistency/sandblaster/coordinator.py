@@ -47,6 +47,7 @@ class BatchCoordinator(Coordinator):
         self._steps: Steps | None = None
         self._kept: KeptPoint | None = None
         self._is_thinking = False  # the shards are at work
+        self._first_iteration = 0  # of this coordinator's
         self._evaluation = 0  # the leader's epoch that the present one belongs to
         self._first_serial = 0
         self._into = 0  # where its gradient is summed
@@ -77,7 +78,9 @@ class BatchCoordinator(Coordinator):
 
     def start(self, version: int = 0, num_shards: int | None = None) -> None:
         """The shards hold the weights: the first evaluation may begin."""
-        super().start(version, num_shards)
+        iteration = 0 if self.point is None else self.point.iteration
+        self._first_iteration = iteration
+        super().start(iteration, num_shards)
         self._advance(None)
 
     def _advance(self, answer: Any) -> None:
@@ -132,6 +135,8 @@ class BatchCoordinator(Coordinator):
         if self._over(worker, header):
             return True
         epoch, portions = int(header["epoch"]), self.portions
+        if not self.started:  # a loader with worker processes asks before training begins
+            return self._spare(worker, header)
         is_ahead = bool(header.get("ahead"))  # of what it has not computed yet
         ends_last = worker.rank == LEADER and bool(header.get("last")) and epoch == self._evaluation
         if epoch >= self._evaluation and portions.is_open:
@@ -152,11 +157,14 @@ class BatchCoordinator(Coordinator):
         needs_one = worker.rank == LEADER and worker.epoch < epoch and not is_ahead
         if (waits or needs_one) and portions.order is not None:
             worker.epoch = epoch if needs_one else worker.epoch
-            spare: Ticket = (portions.serial, 0)
-            return self._answer(
-                worker, header, {"ticket": spare, "spare": True, "left": 0}, portions.samples(spare).tobytes()
-            )
+            return self._spare(worker, header)
         return self._answer(worker, header, {"end": True})
+
+    def _spare(self, worker: Worker, header: Header) -> bool:
+        """A portion whose gradient nobody wants."""
+        spare: Ticket = (max(self.portions.serial, 0), 0)
+        reply = {"ticket": spare, "spare": True, "left": 0}
+        return self._answer(worker, header, reply, self.portions.samples(spare).tobytes())
 
     def _lease_again(self, worker: Worker) -> Ticket | None:
         """A portion that others have, if this worker may well be faster."""
@@ -246,6 +254,8 @@ class BatchCoordinator(Coordinator):
     def _waits_for(self, worker: Worker, evaluation: int) -> bool:
         if self.stopped or self.failure or self.leader_lost or self._evaluation > evaluation:
             return False
+        if self.portions.has_any(worker.key):
+            return False  # it would wait for itself
         return self._is_thinking or any(
             other is not worker and other.in_loop and not other.finished for other in self.live
         )
@@ -254,6 +264,9 @@ class BatchCoordinator(Coordinator):
         """The end of a worker's loop: with what the last evaluation has led to."""
         if worker.rank == LEADER and self._is_thinking and not self.failure:
             return False
+        leader = self.workers.get(LEADER)
+        if leader is None or (leader.alive and not leader.finished and leader is not worker):
+            return False  # though it may not have come back yet to a coordinator that has taken a lost one's place
         return super()._on_leave(worker, header, payload)
 
     def report(self) -> Header:
@@ -265,4 +278,5 @@ class BatchCoordinator(Coordinator):
             "num_again": self.portions.num_again,
             "num_operations": self.num_thinking,
             "num_scalar_bytes": self.num_scalar_bytes,
+            "num_iterations": self.version - self._first_iteration,
         }

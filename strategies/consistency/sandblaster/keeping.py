@@ -7,7 +7,7 @@ import zlib
 
 import torch
 
-from ..memory import Segment, make_or_attach
+from ..memory import make_or_attach
 from .lbfgs import Point
 
 _BYTES = 1 << 16  # of a point: a history of hundreds of pairs
@@ -52,12 +52,3 @@ class KeptPoint:
 
     def _place(self, index: int) -> torch.Tensor:
         return self._memory.tensor(torch.uint8, index * _BYTES, _BYTES)
-
-    @staticmethod
-    def exists(run: str) -> bool:
-        """Whether a run has kept any."""
-        try:
-            Segment(f"{run}-point")
-        except FileNotFoundError:
-            return False
-        return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 WEIGHTS = 0  # the slot of the point that workers fetch
@@ -102,5 +103,10 @@ def join_parts(reductions: Sequence[Sequence[Any]], parts: Sequence[Sequence[flo
     joined = []
     for position, (kind, *_) in enumerate(reductions):
         values = [part[position] for part in parts]
-        joined.append(max(values, default=0.0) if kind == LARGEST else float(sum(values)))
+        joined.append(reduce(larger, values, 0.0) if kind == LARGEST else float(sum(values)))
     return joined
+
+
+def larger(first: float, second: float) -> float:
+    """The larger of two numbers; NaN, if one is."""
+    return second if second > first or second != second else first

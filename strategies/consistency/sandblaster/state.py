@@ -30,24 +30,36 @@ class OptimizerState:
     point: Point
     vectors: tuple[Tensor, ...]
 
-    def dump(self) -> dict[str, Any]:
-        """As a checkpoint has it."""
-        return {"lbfgs": {"point": self.point.header(), "vectors": list(self.vectors)}}
+    def dump(self, function: str) -> dict[str, Any]:
+        """As a checkpoint has it.
+
+        Args:
+            function: Tells the loss that is minimised from others.
+
+        """
+        return {"lbfgs": {"point": self.point.header(), "vectors": list(self.vectors), "function": function}}
 
     @classmethod
     def of(
-        cls, checkpoint: Mapping[str, Any], parameters: Sequence[nn.Parameter], options: LbfgsOptions
+        cls, checkpoint: Mapping[str, Any], function: str, parameters: Sequence[nn.Parameter], options: LbfgsOptions
     ) -> OptimizerState | None:
         """What :meth:`dump` has said, as far as a history of this length goes.
 
         Returns:
-            None if there is none, or not of such parameters.
+            None if there is none, or of another loss, or not of such parameters.
 
         """
         said = checkpoint.get("lbfgs")
         if not said:
             return None
         point, vectors = Point.of(said["point"]), tuple(said["vectors"])
+        if said["function"] != function:
+            warnings.warn(
+                "The checkpoint's history of L-BFGS is of other data, or of another weight_decay: the optimizer begins"
+                " anew, with the weights alone.",
+                stacklevel=2,
+            )
+            return None
         shapes = [(2 * len(point.pairs) + 1, parameter.numel()) for parameter in parameters]
         if [tuple(rows.shape) for rows in vectors] != shapes:
             warnings.warn(

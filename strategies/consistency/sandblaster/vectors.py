@@ -15,7 +15,7 @@ from ..plan import ParameterInfo, Plan, StateEntry, Unit
 from ..shard import PartName, Shard
 from ..updates import SliceMemory
 from .lbfgs import LbfgsOptions, Point
-from .operations import DOT, LARGEST
+from .operations import DOT, LARGEST, larger
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class VectorShard(Shard):
                     scratch = torch.empty(unit.num_elements, dtype=unit.info.dtype)
                     vectors[into].add_(self.decode(unit, unit.code_in(code), scratch))
             self._journal.advance(number, index)
+        self._journal.finish(number)  # or the next addition would find all its batches seen
 
     def _combine(
         self, out: int | None, terms: Sequence[tuple[float, int]], reductions: Sequence[tuple[str, int, int]]
@@ -130,7 +131,7 @@ class VectorShard(Shard):
                         torch.mul(vectors[slot], factor, out=made)
             for position, (kind, first, second) in enumerate(reductions):
                 value = _reduced(kind, vectors[first], vectors[second])
-                numbers[position] = max(numbers[position], value) if kind == LARGEST else numbers[position] + value
+                numbers[position] = larger(numbers[position], value) if kind == LARGEST else numbers[position] + value
         return numbers
 
     def _hand_out(self, fetch: Tensor, slot: int) -> None:

@@ -128,7 +128,10 @@ def several_loaders(cell: Cell) -> dict[str, Any]:
     return cell.after(trainer, module)
 
 
-@feature("reload_dataloaders_every_n_epochs")
+@feature(
+    "reload_dataloaders_every_n_epochs",
+    errors=dict.fromkeys(SANDBLASTER, "reload_dataloaders_every_n_epochs=1: a line search needs"),
+)
 def reload_loaders(cell: Cell) -> dict[str, Any]:
     class Reloading(Classifier):
         def train_dataloader(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -226,6 +227,33 @@ def test_numbers_that_nobody_has_heard_are_found_again(shards: Shards) -> None:
     assert join_parts(command["reductions"], heard) == pytest.approx([float(2 * vectors[1] @ vectors[3])])
 
 
+def test_what_is_added_after_a_kill_is_not_lost(shards: Shards) -> None:
+    """A shard is killed when it has told that an addition is done: the next one is another."""
+    shards.ask(Combine(2))
+    ones: list[Tensor | None] = [torch.ones(shape, dtype=torch.float64) for shape in SHAPES]
+
+    def killed(told: dict[str, Any]) -> None:
+        raise Killed
+
+    for shard in shards.shards:
+        with pytest.raises(Killed):
+            shard.carry_out({**shards.push(ones), "c": shards.count + 1}, killed)
+    shards.count += 1
+    shards.begin()
+    shards.send(shards.push([one * 10 for one in ones if one is not None], slot=1))
+    assert shards.vector(2).eq(11).all()
+
+
+def test_an_element_that_is_no_number_is_the_largest(shards: Shards) -> None:
+    vectors = randomise(shards)
+    assert shards.ask(Combine(reductions=(largest(3),))) == [float(vectors[3].abs().max())]
+    for memory in shards.memories:
+        for unit in memory.slice.units:
+            if unit.parameter == 0:
+                vectors_of(memory, unit)[3][0] = torch.nan
+    assert math.isnan(shards.ask(Combine(reductions=(largest(3),)))[0])
+
+
 def test_single_precision_is_summed_in_double() -> None:
     shards = Shards(2, torch.float32)
     try:
@@ -264,13 +292,13 @@ def test_the_newest_whole_point_is_found() -> None:
 
 def test_a_state_goes_through_a_checkpoint_and_a_shorter_history(shards: Shards) -> None:
     state = OptimizerState(point(4).moved(), tuple(torch.randn(5, p.numel()).double() for p in shards.parameters))
-    again = OptimizerState.of(state.dump(), shards.parameters, OPTIONS)
+    again = OptimizerState.of(state.dump("f"), "f", shards.parameters, OPTIONS)
     assert again is not None
     assert again.point == state.point
     fill(shards.memories, shards.parameters, again)
     for row, slot in enumerate(again.point.slots[1:]):
         assert shards.vector(slot).equal(torch.cat([rows[row] for rows in state.vectors]))
-    shorter = OptimizerState.of(state.dump(), shards.parameters, LbfgsOptions(history_size=1))
+    shorter = OptimizerState.of(state.dump("f"), "f", shards.parameters, LbfgsOptions(history_size=1))
     assert shorter is not None
     assert [pair.rho for pair in shorter.point.pairs] == [2.0]
     assert all(rows.equal(all_[[0, 3, 4]]) for rows, all_ in zip(shorter.vectors, state.vectors, strict=True))
@@ -279,5 +307,7 @@ def test_a_state_goes_through_a_checkpoint_and_a_shorter_history(shards: Shards)
 def test_another_modules_state_is_left_out_with_a_warning(shards: Shards) -> None:
     state = OptimizerState(point(4).moved(), tuple(torch.randn(5, 7).double() for _ in shards.parameters))
     with pytest.warns(UserWarning, match="not of this module's parameters"):
-        assert OptimizerState.of(state.dump(), shards.parameters, OPTIONS) is None
-    assert OptimizerState.of({}, shards.parameters, OPTIONS) is None
+        assert OptimizerState.of(state.dump("f"), "f", shards.parameters, OPTIONS) is None
+    with pytest.warns(UserWarning, match="of other data"):
+        assert OptimizerState.of(state.dump("f"), "g", shards.parameters, OPTIONS) is None
+    assert OptimizerState.of({}, "f", shards.parameters, OPTIONS) is None
