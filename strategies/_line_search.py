@@ -57,10 +57,11 @@ def check_trainer(trainer: Trainer) -> None:
             f"{type(module).__name__}.configure_gradient_clipping clips the gradients of portions, which would no"
             f" longer be those of the loss, which a line search relies on. Leave it out, {_INSTEAD}."
         )
-    if trainer.reload_dataloaders_every_n_epochs:
+    every = trainer.__dict__.get("reload_dataloaders_every_n_epochs", 0)  # Lightning does not declare it
+    if every:
         raise MisconfigurationException(
-            f"reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs}: a line search needs the"
-            f" same data in each epoch. Leave it at 0, {_INSTEAD}."
+            f"reload_dataloaders_every_n_epochs={every}: a line search needs the same data in each epoch. Leave it at"
+            f" 0, {_INSTEAD}."
         )
     if trainer.gradient_clip_val:
         raise MisconfigurationException(
