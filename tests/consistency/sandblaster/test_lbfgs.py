@@ -65,7 +65,7 @@ def test_it_needs_no_more_vectors_than_it_says_and_ends_where_torch_does(
 
 @pytest.mark.parametrize(("name", "num"), [("rosenbrock", 2), ("rosenbrock", 10), ("quadratic", 20)])
 def test_it_converges(name: str, num: int) -> None:
-    options = LbfgsOptions(tolerance_change=1e-13, tolerance_grad=1e-6, max_iterations=400)
+    options = LbfgsOptions(40, tolerance_change=1e-13, tolerance_grad=1e-6, max_iterations=400)
     held = HeldVectors(FUNCTIONS[name], first(num), options).run()
     last = held.points[-1]
     assert last.largest_gradient < 1e-5, (held.reason, last)
