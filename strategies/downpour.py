@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,14 +28,12 @@ from .consistency.mailbox import HostLostError
 from .consistency.memory import Segment
 from .consistency.optimizers import carry, carry_groups, try_state
 from .consistency.packing import Sums
-from .consistency.plan import ParameterInfo, Plan, StateEntry, make_plan
+from .consistency.plan import ParameterInfo, Plan, StateEntry, choose_num_shards, make_plan
 from .consistency.replica import Replica
 from .consistency.shard import ShardSpec
 from .consistency.staleness import MEAN_SQUARE, StalenessRule
 from .consistency.updates import SliceMemory
 from .placement.optimizers import is_elementwise
-
-_ELEMENTS_PER_SHARD = 1 << 23
 
 
 class DownpourStrategy(UpdatingStrategy):
@@ -231,12 +228,7 @@ class DownpourStrategy(UpdatingStrategy):
                 tried[key] = tuple(entries)
             infos.append(ParameterInfo(tuple(parameter.shape), parameter.dtype, index, group, tried[key]))
         num_elements = sum(info.num_elements for info in infos)
-        here = -(-num_elements // self.num_nodes)
-        num_shards = max(1, min((os.cpu_count() or 1) // 2, -(-here // _ELEMENTS_PER_SHARD)))
-        if self.num_nodes > 1:  # whose numbers of cores may differ
-            num_shards = 1
-        if isinstance(self.num_shards, int):
-            num_shards = self.num_shards
+        num_shards = choose_num_shards(self.num_shards, num_elements, self.num_nodes)
         return make_plan(infos, elementwise, num_shards, _code_size(self.codec), self.num_nodes)
 
     def _digest_of_layout(self) -> str:

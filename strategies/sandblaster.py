@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import sys
 import time
@@ -34,7 +33,7 @@ from .consistency.jobs import Address, find_job
 from .consistency.memory import Segment
 from .consistency.order import Order
 from .consistency.packing import Sums
-from .consistency.plan import ParameterInfo, Plan, make_plan
+from .consistency.plan import ParameterInfo, Plan, choose_num_shards, make_plan
 from .consistency.queue import Ticket
 from .consistency.replica import Replica
 from .consistency.sandblaster.lbfgs import LbfgsOptions
@@ -42,7 +41,6 @@ from .consistency.sandblaster.state import OptimizerState, fill, read
 from .consistency.sandblaster.vectors import VectorSpec, with_vectors
 from .consistency.updates import SliceMemory
 
-_ELEMENTS_PER_SHARD = 1 << 23
 _MAX_RESTARTS = 5
 _PUSHING = 0.05  # share of a worker's time that pushes may take
 
@@ -210,9 +208,7 @@ class SandblasterStrategy(UpdatingStrategy):
             for parameter in self._parameters
         ]
         num_elements = sum(info.num_elements for info in infos)
-        num_shards = max(1, min((os.cpu_count() or 1) // 2, -(-num_elements // _ELEMENTS_PER_SHARD)))
-        if isinstance(self.num_shards, int):
-            num_shards = self.num_shards
+        num_shards = choose_num_shards(self.num_shards, num_elements)
         return make_plan(infos, [True], num_shards, lambda size, dtype: size * dtype.itemsize)
 
     def process_dataloader(self, dataloader: Any) -> Any:

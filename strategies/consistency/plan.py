@@ -11,8 +11,10 @@ memory: one copy of these bytes is what a shard needs to be killed at any instru
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ UNIT_ELEMENTS = 1 << 18
 """1 MB of single precision: with its gradient, states and journal a unit stays in a core's share of the cache, and the
 64 microseconds of Python that a batch costs are a tenth of its update. (Half as much was measured 20 % slower.)"""
 CONTROL_BYTES = 4096
+_ELEMENTS_PER_SHARD = 1 << 23
 
 CodeSize = Callable[[int, torch.dtype], int]
 
@@ -200,6 +203,22 @@ class Plan:
     def digest(self) -> str:
         """Equal on all ranks whose modules and optimizers are."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def choose_num_shards(asked: int | Literal["auto"], num_elements: int, num_nodes: int = 1) -> int:
+    """How many shards each host has.
+
+    Args:
+        asked: By the user; ``"auto"`` for one per 8 M elements, up to half the cores, or one on each of several hosts.
+        num_elements: Of all parameters.
+        num_nodes: Hosts of the job.
+
+    """
+    if asked != "auto":
+        return asked
+    if num_nodes > 1:  # whose numbers of cores may differ
+        return 1
+    return max(1, min((os.cpu_count() or 1) // 2, -(-num_elements // _ELEMENTS_PER_SHARD)))
 
 
 def make_plan(
