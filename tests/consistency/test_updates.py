@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from squall.consistency.staleness import MEAN_SQUARE, StalenessRule, StalenessStatistics
 from squall.consistency.updates import SliceMemory
 
+from .killed import Control, Countdown, KilledError
 from .slices import SHAPES, MakeOptimizers, Slices, as_it_is, make_parameters, make_pushes, sliced
 
 
@@ -213,22 +214,6 @@ def test_edits_replace_what_was_edited() -> None:
 # ---------------------------------------------------------------------- killed
 
 
-class KilledError(BaseException):
-    """What a test throws where a process would be killed."""
-
-
-class Countdown:
-    """Throws at the n-th of all points at which a test can reach in."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __call__(self) -> None:
-        self.count -= 1
-        if self.count < 0:
-            raise KilledError
-
-
 def interruptible(slices: Slices, shard: int, countdown: Countdown) -> Any:
     """An updater that can be ended before, in and after everything that it does to memory."""
 
@@ -236,22 +221,8 @@ def interruptible(slices: Slices, shard: int, countdown: Countdown) -> Any:
         countdown()
         return as_it_is(unit, code, scratch)
 
-    class Control:
-        """The control words, each store of which may be the last thing done, or the first that isn't."""
-
-        def __init__(self, words: Any) -> None:
-            self.words = words
-
-        def __getitem__(self, index: int) -> Any:
-            return self.words[index]
-
-        def __setitem__(self, index: int, value: int) -> None:
-            countdown()
-            self.words[index] = value
-            countdown()
-
     updater = slices.updater(shard, decode)
-    updater._journal.control = Control(updater._journal.control)
+    updater._journal.control = Control(updater._journal.control, countdown)
     if slices.fused:
         updater._fused.step = torn_apart(updater._fused.step, countdown)
         return updater

@@ -24,12 +24,10 @@ from squall.consistency.sandblaster.state import OptimizerState, fill
 from squall.consistency.sandblaster.vectors import VectorShard, VectorSpec, vectors_of, with_vectors
 from squall.consistency.updates import SliceMemory
 
+from ..killed import Control, Countdown, KilledError
+
 SHAPES = ((3, 5), (), (0,), (17,), (2, 2, 2))
 OPTIONS = LbfgsOptions(history_size=2)
-
-
-class Killed(BaseException):
-    """The process is gone."""
 
 
 class Shards:
@@ -161,42 +159,23 @@ def test_killed_at_any_moment_of_an_addition_it_is_made_once(moment: int) -> Non
     try:
         before = randomise(shards)[2]
         gradients: list[Tensor | None] = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
-        left = moment
-
-        def countdown() -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-
+        countdown = Countdown(moment)
         shard = shards.shards[0]
         decode = shard.decode
 
         def torn(unit: Any, code: Tensor, scratch: Tensor) -> Tensor:
             try:
                 countdown()
-            except Killed:
+            except KilledError:
                 vectors_of(shards.memories[0], unit)[2].fill_(torch.nan)  # in the middle of it
                 raise
             return decode(unit, code, scratch)
 
-        class Control:
-            def __init__(self, words: Any) -> None:
-                self.words = words
-
-            def __getitem__(self, index: int) -> Any:
-                return self.words[index]
-
-            def __setitem__(self, index: int, value: int) -> None:
-                countdown()
-                self.words[index] = value
-                countdown()
-
-        shard.decode, shard._journal.control = torn, Control(shard._journal.control)
+        shard.decode, shard._journal.control = torn, Control(shard._journal.control, countdown)
         command = {**shards.push(gradients), "c": 1}
         try:
             shard.carry_out(command, lambda told: None)
-        except Killed:
+        except KilledError:
             shards.begin()
             shards.shards[0].carry_out(command, lambda told: None)
         added = torch.cat([torch.zeros(0, dtype=torch.float64), *(g.reshape(-1) for g in gradients if g is not None)])
@@ -211,10 +190,10 @@ def test_numbers_that_nobody_has_heard_are_found_again(shards: Shards) -> None:
     command = {**Combine(5, ((2.0, 1),), (dot(5, 3),)).header(), "c": 1}
 
     def killed(told: dict[str, Any]) -> None:
-        raise Killed
+        raise KilledError
 
     for shard in shards.shards:
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             shard.carry_out(command, killed)
     shards.begin()
     told: list[dict[str, Any]] = []
@@ -233,10 +212,10 @@ def test_what_is_added_after_a_kill_is_not_lost(shards: Shards) -> None:
     ones: list[Tensor | None] = [torch.ones(shape, dtype=torch.float64) for shape in SHAPES]
 
     def killed(told: dict[str, Any]) -> None:
-        raise Killed
+        raise KilledError
 
     for shard in shards.shards:
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             shard.carry_out({**shards.push(ones), "c": shards.count + 1}, killed)
     shards.count += 1
     shards.begin()
