@@ -222,13 +222,13 @@ def fit_in_two(
 
 
 class Fault(Callback):
-    """Does something once, when a rank comes to its portion of a number."""
+    """Does something once, when a rank comes to its portion of a number, of those after some iterations."""
 
-    def __init__(self, at: int, do: Callable[[Trainer], None], rank: int = 0) -> None:
-        self.at, self.do, self.rank, self.num = at, do, rank, 0
+    def __init__(self, at: int, do: Callable[[Trainer], None], rank: int = 0, num_iterations: int = 0) -> None:
+        self.at, self.do, self.rank, self.num_iterations, self.num = at, do, rank, num_iterations, 0
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        self.num += 1
+        self.num += trainer.global_step >= self.num_iterations
         if self.num == self.at and trainer.global_rank == self.rank:
             self.do(trainer)
 
@@ -361,15 +361,19 @@ def warnings_of(path: str, net: str) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def fit_with_a_killed_rank(path: str, rank: int, at: int) -> None:
-    """As a user's script: three ranks, of which one is killed."""
+def fit_with_a_killed_rank(path: str, rank: int, backup_portions: bool = True) -> None:
+    """As a user's script: three ranks, of which one is killed when it has heard of two iterations."""
 
     def kill(trainer: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     module = Module()
     fitter = trainer(
-        path, squall.SandblasterStrategy(num_shards=2), devices=3, max_steps=10, callbacks=[Fault(at, kill, rank)]
+        path,
+        squall.SandblasterStrategy(num_shards=2, backup_portions=backup_portions),
+        devices=3,
+        max_steps=20,
+        callbacks=[Fault(1, kill, rank, num_iterations=2)],
     )
     fitter.fit(module, loader(4))
     if fitter.global_rank == 0:
