@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device, _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -18,13 +21,15 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from ._mesh import MeshStrategy
-from ._placing import INTERRUPTED, log_graph, num_images, refuse_interrupted, run_eagerly
+from ._placing import INTERRUPTED, batch_size_of, log_graph, num_images, refuse_interrupted, run_eagerly
 from .placement.batches import BatchSource
+from .placement.choosing import choose_whole, flops_per_example
 from .placement.columns import Crossing
-from .placement.layout import Layout
+from .placement.layout import COLUMNS, MEASURED, Layout, read_layout
 from .placement.module import unplace, whole_state_dict
 from .placement.optimizers import gather_optimizer_state, take_optimizer_state, whole_optimizer_state, wrap_step
 from .placement.rules.norms import synchronize_buffers
+from .placement.speeds import measure_speeds
 from .placement.tensor import no_dispatch, whole
 
 
@@ -35,7 +40,7 @@ class PlacedStrategy(MeshStrategy):
         num_columns: Ranks of one replica.
         data_parallel_size: Number of replicas.
         batches: ``"auto"`` or ``"broadcast"``.
-        overrides: ``{layer name or pattern: split}`` where a layer is to live elsewhere than it would.
+        layout: Where layers are to live elsewhere than they would, or ``"measured"``.
         **options: Passed on to Lightning.
 
     """
@@ -45,15 +50,18 @@ class PlacedStrategy(MeshStrategy):
         num_columns: int,
         data_parallel_size: int,
         batches: BatchSource,
-        overrides: Mapping[str, str],
+        layout: str | Path | Mapping[str, str] | Layout,
         **options: Any,
     ) -> None:
         super().__init__(num_columns, data_parallel_size, batches, **options)
         self.layout: Layout | None = None
-        self._overrides = overrides
+        self._overrides = dict(read_layout(layout, self._split))
+        self._is_measured = layout == MEASURED
         self._last_crossings: list[Crossing] = []
         self._stance: Any = None  # of torch.compile, while the module is split
         self._in_training_step = False
+
+    _split = COLUMNS  # what a layer is in that is not whole
 
     @property
     def crossings(self) -> list[Crossing]:
@@ -87,21 +95,48 @@ class PlacedStrategy(MeshStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _derive(self, module: LightningModule, derive: Callable[[LightningModule, Any], Layout]) -> Layout | None:
+    def _derive(
+        self, module: LightningModule, derive: Callable[[LightningModule, Any, Mapping[str, str]], Layout]
+    ) -> Layout | None:
         """What ``derive`` makes of the module's example input, if it has one that its forward can take."""
         example = module.example_input_array
+        trainer = module._trainer
+        chooses = self._is_measured and self.num_columns > 1 and trainer.state.fn == TrainerFn.FITTING
+        num_examples = batch_size_of(trainer) if chooses else None
+        if chooses and (example is None or num_examples is None):
+            missing = "example_input_array" if example is None else "batch_size"
+            raise MisconfigurationException(
+                f"layout='measured' needs to know what a step is: set self.{missing} in the module"
+                f"{'' if example is None else ', or give fit a DataLoader that has one'}. Or use layout='auto'."
+            )
         if example is None or self.num_columns == 1:
             return None
-        trainer, module._trainer = module._trainer, None  # no part of what is copied
+        module._trainer = None  # no part of what is copied
         try:
-            return derive(module, example)
+            if num_examples is not None:
+                return self._choose(partial(derive, module, example), flops_per_example(module, example), num_examples)
+            return derive(module, example, self._overrides)
         except MisconfigurationException:
             raise
         except Exception as error:  # an example that forward can't take must not stop a run that doesn't need it
+            if num_examples is not None:
+                raise MisconfigurationException(
+                    "layout='measured' needs an example_input_array that forward can take:"
+                    f" {error} Or use layout='auto'."
+                ) from error
             rank_zero_info(f"example_input_array was not used to derive the layout: {error}")
             return None
         finally:
             module._trainer = trainer
+
+    def _choose(
+        self, derive: Callable[[Mapping[str, str]], Layout], flops: Mapping[str, int], num_examples: int
+    ) -> Layout:
+        dtype = next((p.dtype for p in self.lightning_module.parameters() if p.is_floating_point()), torch.float32)
+        speeds = measure_speeds(self._columns, self.root_device, dtype)
+        layout = choose_whole(derive, flops, num_examples, speeds, dtype.itemsize)
+        rank_zero_info(f"Where each layer lives, at {num_examples:,} examples a step and {speeds}:\n{layout}")
+        return layout
 
     @abstractmethod
     def _place(self, module: LightningModule) -> Layout:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from .placement.module import split_parameters
@@ -63,3 +64,21 @@ def num_images(batch: Any) -> int:
         return extract_batch_size(batch)
     except MisconfigurationException:
         return 1
+
+
+def batch_size_of(trainer: Trainer) -> int | None:
+    """How many examples a rank will get in a step, if that can be told before a loader is made.
+
+    Of the DataLoader that ``fit`` was given, or the ``batch_size`` that the module, the data module, or the
+    hyperparameters of either have, where Lightning's own tuner looks for it.
+    """
+    source = trainer.fit_loop._data_source
+    if source.is_module():
+        module = trainer.lightning_module
+        found = lightning_getattr(module, "batch_size") if lightning_hasattr(module, "batch_size") else None
+    else:
+        loader = source.instance
+        found = getattr(loader, "batch_size", None) or getattr(
+            getattr(loader, "batch_sampler", None), "batch_size", None
+        )
+    return found if isinstance(found, int) and found > 0 else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 from ._placed import PlacedStrategy
 from .placement import checkpoint as distributed_checkpoint
 from .placement.batches import BatchSource
-from .placement.layout import Layout, derive_layout, plan_layout, read_layout
+from .placement.layout import Layout, derive_layout, plan_layout
 from .placement.module import place
 
 
@@ -43,7 +42,9 @@ class ColumnParallelStrategy(PlacedStrategy):
         num_columns: Number of ranks over which the channels of one replica are split.
         data_parallel_size: Number of replicas. Left at 1, it becomes ``devices * num_nodes / num_columns``.
         layout: ``"auto"``, or what differs from it: ``{layer name or pattern: "columns" | "whole"}``, a
-            :class:`~squall.placement.Layout`, or the path of a YAML file with such lines.
+            :class:`~squall.placement.Layout`, or the path of a YAML file with such lines. ``"measured"`` keeps those
+            layers whole that take longer on the link, as it is measured, than splitting them saves, and says why; it
+            needs ``example_input_array`` and a batch size.
         sparsity: Reserved for sparse columns; only ``None`` is accepted.
         batches: ``"auto"`` lets every column load its batches, kept equal by seeds and checked; ``"broadcast"`` lets
             the first column load and send, for data that seeds don't govern.
@@ -101,7 +102,7 @@ class ColumnParallelStrategy(PlacedStrategy):
             num_columns,
             data_parallel_size,
             batches,
-            dict(read_layout(layout)),
+            layout,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,
@@ -116,7 +117,9 @@ class ColumnParallelStrategy(PlacedStrategy):
         self._distributed_checkpoint = save_distributed_checkpoint
 
     def _place(self, module: LightningModule) -> Layout:
-        layout = self._derive(module, partial(derive_layout, num_columns=self.num_columns, layout=self._overrides))
+        layout = self._derive(
+            module, lambda module, example, lines: derive_layout(module, example, self.num_columns, lines)
+        )
         layout = layout or plan_layout(module, self.num_columns, self._overrides)
         place(module, layout, self._columns)
         return layout

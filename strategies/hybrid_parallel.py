@@ -15,14 +15,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn.parallel.distributed import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import _zero
-from ._placing import INTERRUPTED, log_graph, num_images, refuse_interrupted, run_eagerly
+from ._placing import INTERRUPTED, batch_size_of, log_graph, num_images, refuse_interrupted, run_eagerly
 from .launching import DDPStrategy
 from .placement import checkpoint as distributed_checkpoint
 from .placement.columns import Crossing
@@ -41,6 +41,7 @@ from .placement.layout import Layout, read_layout
 from .placement.module import place, unplace, whole_state_dict
 from .placement.optimizers import gather_optimizer_state, take_optimizer_state, whole_optimizer_state, wrap_step
 from .placement.partition import Partition
+from .placement.speeds import Speeds, measure_speeds
 from .placement.tensor import ColumnParameter
 
 
@@ -70,7 +71,9 @@ class HybridParallelStrategy(DDPStrategy):
             rank's batch: what is updated by the batches of K ranks at once has K or sqrt(K) times the rate (section 5);
             so do convolutions always, and linear layers unless they are updated after every pass.
         layout: ``"auto"``, or what differs from it: ``{linear layer or pattern: "columns" | "whole"}``, a
-            :class:`~squall.placement.Layout`, or the path of a YAML file with such lines.
+            :class:`~squall.placement.Layout`, or the path of a YAML file with such lines. A linear layer is in columns
+            as long as these send less than its gradients, ``B (m + n) < 2 m n``; beyond, at the batch size that the
+            DataLoader, the module or its data module has, the link is measured, and the faster of both is taken.
         deepspeed_config: Entries of DeepSpeed's configuration, or the path of a file with some.
         **options: Passed on to Lightning's ``DDPStrategy``.
 
@@ -160,16 +163,27 @@ class HybridParallelStrategy(DDPStrategy):
         """Split the linear layers. What averages the gradients of the rest comes with the optimizers."""
         module = self.lightning_module
         assert module is not None
-        self.layout = plan_hybrid(module, self.world_size, self._overrides)
+        num_examples = batch_size_of(module.trainer)
+        if num_examples is not None:
+            num_examples *= self.world_size
+        if self.world_size > 1:
+            # A group of its own: DDP's messages must not come between those of the passes.
+            group = dist.new_group(timeout=self._timeout)
+            self._columns = ExampleColumns(group, self.global_rank, self.world_size, self.scheme)
+        measure = self._measure if self.fc_update == "step" else None  # what is replicated isn't updated by passes
+        self.layout = plan_hybrid(module, self.world_size, self._overrides, num_examples, measure)
         if self.world_size > 1:
             self._place(module, self.layout)
+
+    def _measure(self) -> Speeds:
+        speeds = measure_speeds(self._columns, self.root_device)
+        rank_zero_info(f"The layout is for {speeds}.")
+        return speeds
 
     def _place(self, module: LightningModule, layout: Layout) -> None:
         self._stance = self._stance or run_eagerly(module)
         log_graph(module, module.trainer.loggers)
-        # A group of its own: DDP's messages must not come between those of the passes.
-        group = dist.new_group(timeout=self._timeout)
-        self._columns = ExampleColumns(group, self.global_rank, self.world_size, self.scheme)
+        rank_zero_info(f"Where each layer lives:\n{layout}")
         with torch.no_grad():
             for parameter in module.parameters():
                 dist.broadcast(parameter.data, src=0)

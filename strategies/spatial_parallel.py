@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._placed import PlacedStrategy
 from .placement.batches import BatchSource
-from .placement.layout import TILES, Layout, read_layout
+from .placement.layout import TILES, Layout
 from .placement.tiles import Grid, make_grid
 from .placement.tiling import derive_tiles, place_tiles, plan_tiles
 
@@ -44,7 +43,7 @@ class SpatialParallelStrategy(PlacedStrategy):
         data_parallel_size: Number of replicas. Left at 1, it becomes ``devices * num_nodes`` over the tiles.
         layout: ``"auto"``, or what differs from it: ``{layer name or pattern: "tiles" | "whole"}``, a
             :class:`~squall.placement.Layout`, or the path of a YAML file with such lines. A layer that is kept whole
-            gathers what it is given.
+            gathers what it is given. ``"measured"`` as for columns.
         batches: ``"auto"`` lets every rank load its batches, kept equal by seeds and checked; ``"broadcast"`` lets
             the first rank of a replica load and send, for data that seeds don't govern.
         start_method: ``"popen"`` runs the script once per rank; ``"spawn"``, ``"fork"`` or ``"forkserver"`` start
@@ -75,6 +74,7 @@ class SpatialParallelStrategy(PlacedStrategy):
     """
 
     _argument = "num_tiles"
+    _split = TILES
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class SpatialParallelStrategy(PlacedStrategy):
             sides[0] * sides[1],
             data_parallel_size,
             batches,
-            dict(read_layout(layout, TILES)),
+            layout,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,
@@ -135,7 +135,7 @@ class SpatialParallelStrategy(PlacedStrategy):
         grid = self._grid
         assert grid is not None
         dry = Grid.dry(*self._sides)
-        layout = self._derive(module, partial(derive_tiles, grid=dry, overrides=self._overrides))
+        layout = self._derive(module, lambda module, example, lines: derive_tiles(module, example, dry, lines))
         layout = layout or plan_tiles(module, grid, self._overrides)
         if self.num_columns > 1:
             self._handles = place_tiles(module, layout, grid)

@@ -25,6 +25,7 @@ from .columns import DryColumns
 from .partition import Partition
 
 COLUMNS, TILES, WHOLE = "columns", "tiles", "whole"
+MEASURED = "measured"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CHANNELWISE = (
@@ -134,7 +135,7 @@ class Layout:
 
 
 def read_layout(layout: str | Path | Mapping[str, str] | Layout, split: str = COLUMNS) -> Mapping[str, str]:
-    """The overrides in ``layout``: a mapping, a :class:`Layout`, the path of a YAML file, or ``"auto"`` for none.
+    """The overrides in ``layout``: a mapping, a :class:`Layout`, the path of a YAML file; none if it is to be derived.
 
     Args:
         layout: What a user passes.
@@ -147,13 +148,13 @@ def read_layout(layout: str | Path | Mapping[str, str] | Layout, split: str = CO
     if isinstance(layout, Layout):
         return layout.to_dict()
     if isinstance(layout, (str, Path)):
-        if layout == "auto":
+        if layout in ("auto", MEASURED):
             return {}
         path = Path(layout)
         if not path.is_file():
             raise MisconfigurationException(
                 f"layout={str(layout)!r} is neither 'auto' nor a YAML file that exists. "
-                f"Write 'auto', {{layer name: {split!r} or 'whole'}}, or the path of a file with such lines."
+                f"Write 'auto', 'measured', {{layer name: {split!r} or 'whole'}}, or the path of a file of such lines."
             )
         layout = yaml.safe_load(path.read_text()) or {}
     if not isinstance(layout, Mapping):

@@ -151,8 +151,8 @@ def test_the_table_says_up_to_where_columns_pay() -> None:
     with torch.device("meta"):
         table = plan_hybrid(models.AlexNet(), 2, {"fc7": "whole"})
     reasons = {row.name: (row.split, row.reason) for row in table}
-    assert reasons["conv3"] == ("whole", "replicated")
-    assert reasons["fc6"] == ("columns", "sends less than its gradients up to 5,671 examples a step")
+    assert reasons["conv3"] == ("whole", "replicated: 885,120 gradients a step, however many examples")
+    assert reasons["fc6"] == ("columns", "B(m + n) < 2mn up to 5,671 examples a step")
     assert reasons["fc7"] == ("whole", "by layout")
 
 

@@ -337,7 +337,7 @@ def fit_sample(path: str, batch_size: int) -> dict[str, Any]:
 def fit_with_data_workers(path: str) -> dict[str, Any]:
     module = Module()
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  (it may have children)
-    fitter = trainer(path, squall.SandblasterStrategy(), max_steps=6)
+    fitter = trainer(path, squall.SandblasterStrategy(), max_steps=3)
     fitter.fit(module, loader(num_workers=1))
     return result(fitter, module)
 

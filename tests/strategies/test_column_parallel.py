@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import pytest
@@ -17,8 +18,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import squall
 from squall.models import AlexNet
-from squall.placement import ColumnParameter, ColumnTensor
-from tests.ranks import run
+from squall.placement import ColumnParameter, ColumnTensor, Speeds
+from tests.ranks import RankError, run
 
 
 class Net(LightningModule):
@@ -288,3 +289,40 @@ def _name(module: nn.Module, parameter: nn.Parameter) -> str:
 
 def test_the_module_and_its_optimizer_are_whole_after_fit(tmp_path: Path) -> None:
     assert run(2, _whole_after, str(tmp_path), lightning=True) == [True, True]
+
+
+# ------------------------------------------------------------------ a layout that is measured
+
+
+class Forward(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def _fit_measured(path: str, layout: str, link: float, size: int = 8) -> tuple[dict[str, str], Any]:
+    torch.manual_seed(1)
+    module = Forward().double()
+    if size:
+        module.example_input_array = torch.zeros(1, 3, size, size, dtype=torch.float64)
+    strategy = squall.ColumnParallelStrategy(2, layout=layout)
+    with patch("squall._placed.measure_speeds", lambda *_: Speeds(1e11, 1e10, link, 0.0)):
+        _trainer(path, strategy, max_epochs=2).fit(module, DataLoader(_samples(), batch_size=4))
+    assert strategy.layout is not None
+    return strategy.layout.to_dict(), _state(module)
+
+
+def test_a_measured_layout_is_by_the_link_and_the_function_is_the_same(tmp_path: Path) -> None:
+    expected = run(1, _run_part, str(tmp_path), 1, 2, None, None, lightning=True)[0]
+    derived = run(2, _fit_measured, str(tmp_path), "auto", 1e10, lightning=True)[0][0]
+    for link in (1e12, 1e4):
+        (layout, state), (other, _) = run(2, _fit_measured, str(tmp_path), "measured", link, lightning=True)
+        assert layout == other
+        assert (layout == derived) == (link == 1e12), layout
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "message"), [(0, "set self.example_input_array"), (9, "that forward can take: ")])
+def test_a_measured_layout_needs_to_know_a_step(tmp_path: Path, size: int, message: str) -> None:
+    with pytest.raises(RankError, match=rf"{message}.* use layout='auto'"):
+        run(2, _fit_measured, str(tmp_path), "measured", 1e10, size, lightning=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import squall
-from squall.placement import ColumnParameter, ColumnTensor
+from squall.placement import ColumnParameter, ColumnTensor, Speeds
 from tests.ranks import run
 
 STEPS, BATCH = 3, 4  # of a rank
@@ -135,6 +136,27 @@ def _assert_equal(states: list[dict[str, Tensor]], expected: dict[str, Tensor]) 
 def test_steps_equal_one_device(scheme: str, num_ranks: int, tmp_path: Path) -> None:
     states = run(num_ranks, _fit, str(tmp_path), num_ranks, {"scheme": scheme}, lightning=True)
     _assert_equal(states, _alone(num_ranks))
+
+
+def _fit_over_a_slow_link(path: str, seconds_per_byte: float) -> tuple[dict[str, str], dict[str, Tensor]]:
+    speeds = Speeds(flops=1e11, bytes=1e10, link=1 / seconds_per_byte, latency=0.0)
+    strategy = squall.HybridParallelStrategy(zero_stage=None)
+    module = Net()
+    with patch("squall.hybrid_parallel.measure_speeds", lambda *_: speeds):
+        _trainer(path, strategy, 2).fit(module, _loader(3 * 20 * 2, 20, 2))
+    assert strategy.layout is not None
+    return strategy.layout.to_dict(), module.state_dict()
+
+
+@pytest.mark.parametrize(("seconds_per_byte", "split"), [(1e-9, "columns"), (1e-4, "whole")])
+def test_the_layout_is_by_the_batch_and_the_link(tmp_path: Path, seconds_per_byte: float, split: str) -> None:
+    """40 examples a step are beyond both layers' break-even, 13 and 5. Wherever they live, the steps are the same."""
+    (layout, state), (layout_of_other, other) = run(
+        2, _fit_over_a_slow_link, str(tmp_path), seconds_per_byte, lightning=True
+    )
+    assert layout == layout_of_other == {"net.0": "whole", "net.2": "whole", "net.4": split, "net.6": split}
+    with patch.multiple(__name__, BATCH=20):
+        _assert_equal([state, other], _alone(2))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -6,22 +6,33 @@ travel; fully connected layers have many weights and few activations, so their a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from ..layout import COLUMNS, WHOLE, LayerPlacement, Layout, parameter_splits, plan_layout
+from ..choosing import UPDATED, is_worthwhile
+from ..layout import COLUMNS, WHOLE, LayerPlacement, Layout, match_layers, parameter_splits, plan_layout
+from ..speeds import Speeds
 
 
-def plan_hybrid(module: nn.Module, num_ranks: int, overrides: Mapping[str, str] | None = None) -> Layout:
+def plan_hybrid(
+    module: nn.Module,
+    num_ranks: int,
+    overrides: Mapping[str, str] | None = None,
+    num_examples: int | None = None,
+    measure: Callable[[], Speeds] | None = None,
+) -> Layout:
     """The layout of ``module`` under one weird trick: linear layers in columns, all else on every rank.
 
     Args:
         module: The network, or the LightningModule that holds it.
         num_ranks: Number of ranks.
         overrides: ``{layer name or pattern: "columns" | "whole"}``, of linear layers.
+        num_examples: Examples of a step, of all ranks. Where columns of a layer would send more for them than replicas,
+            it is replicated if that is faster.
+        measure: How fast ranks compute and send; asked once, if there is such a layer.
 
     Raises:
         MisconfigurationException: If no linear layer can be in columns, nothing is left for data parallelism, or an
@@ -42,6 +53,11 @@ def plan_hybrid(module: nn.Module, num_ranks: int, overrides: Mapping[str, str] 
     own = {name for name, layer in layers.items() if next(layer.parameters(recurse=False), None) is not None}
     # The last layer, too: every rank's loss needs its own examples only.
     derived = {name: COLUMNS if name in linear else WHOLE for name in own}
+    asked = match_layers(overrides or {}, {name: layers[name] for name in own})
+    free = {name: layer for name in linear - asked.keys() if isinstance(layer := layers[name], nn.Linear)}
+    times = _times(free, num_ranks, num_examples, measure)
+    replicated = {name for name, (columns, replicas) in times.items() if is_worthwhile(columns, replicas)}
+    derived |= dict.fromkeys(replicated, WHOLE)
     table = plan_layout(module, num_ranks, {**derived, **(overrides or {})})
     for layer in table:
         if layer.split == COLUMNS and not isinstance(layers[layer.name], nn.Linear):
@@ -49,9 +65,13 @@ def plan_hybrid(module: nn.Module, num_ranks: int, overrides: Mapping[str, str] 
                 f"layout[{layer.name!r}]='columns': under HybridParallelStrategy only linear layers can be in columns, "
                 f"not {layer.kind}. Leave the line out, or use ColumnParallelStrategy."
             )
-    rows = (replace(layer, reason=_reason(layer, layers[layer.name], num_ranks)) for layer in table)
-    table = replace(table, layers=tuple(rows))
-    if num_ranks == 1:
+    reasons = {row.name: _reason(row, layers[row.name], num_ranks, row.name in asked) for row in table}
+    for name, (columns, replicas) in times.items():
+        reasons[name] += (
+            f"; {num_examples:,} examples: {columns * 1e3:,.1f} ms in columns, {replicas * 1e3:,.1f} replicated"
+        )
+    table = replace(table, layers=tuple(replace(layer, reason=reasons[layer.name]) for layer in table))
+    if num_ranks == 1 or (replicated and linear == replicated):
         return table
     in_columns = [layer.name for layer in table if layer.split == COLUMNS]
     if not in_columns:
@@ -87,12 +107,50 @@ def break_even(layer: nn.Linear) -> int:
     return 2 * m * n // (m + n)
 
 
-def _reason(row: LayerPlacement, layer: nn.Module, num_ranks: int) -> str:
-    if row.split == COLUMNS and isinstance(layer, nn.Linear):
-        return f"sends less than its gradients up to {break_even(layer):,} examples a step"
-    if row.split == COLUMNS or row.reason == "one column":
-        return row.reason
+def seconds_of(layer: nn.Linear, num_ranks: int, num_examples: int, speeds: Speeds) -> tuple[float, float]:
+    """What a layer costs in a step, in columns and in replicas, but for the matrix products: those are the same.
+
+    In columns ranks send inputs and outputs, forward and backward, in as many passes as there are ranks, and update
+    their own outputs' weights; replicas send gradients around a ring, twice, and update all weights. What of it hides
+    behind the computing of others is not counted on either side.
+
+    Example:
+        >>> speeds = Speeds(flops=1e11, bytes=1e10, link=1.25e8, latency=1e-4)
+        >>> columns, replicas = seconds_of(nn.Linear(9216, 4096, device="meta"), 2, 256, speeds)
+        >>> round(columns, 2), round(replicas, 2)
+        (0.05, 1.27)
+
+    """
+    m, n, others = layer.in_features, layer.out_features, num_ranks - 1
+    size = layer.weight.element_size()
+    own = num_examples / num_ranks
+    crossing = 2 * others * own * (m + n / num_ranks) * size / speeds.link
+    averaging = 2 * others / num_ranks * m * n * size / speeds.link
+    update = UPDATED * m * n * size / speeds.bytes
+    return crossing + update / num_ranks, averaging + update
+
+
+def _times(
+    layers: Mapping[str, nn.Linear], num_ranks: int, num_examples: int | None, measure: Callable[[], Speeds] | None
+) -> dict[str, tuple[float, float]]:
+    """Of those layers that could be faster in replicas: seconds in columns, and replicated."""
+    if measure is None or num_examples is None or num_ranks == 1:
+        return {}
+    doubtful = {name: layer for name, layer in layers.items() if num_examples > break_even(layer)}
+    if not doubtful:
+        return {}
+    speeds = measure()
+    return {name: seconds_of(layer, num_ranks, num_examples, speeds) for name, layer in doubtful.items()}
+
+
+def _reason(row: LayerPlacement, layer: nn.Module, num_ranks: int, is_asked: bool) -> str:
     splits = parameter_splits(layer, num_ranks)
-    if isinstance(layer, nn.Linear):
-        return f"replicated: {splits}" if isinstance(splits, str) else row.reason
-    return "replicated"
+    if row.reason == "one column" or (is_asked and isinstance(layer, nn.Linear)):
+        return row.reason
+    if not isinstance(layer, nn.Linear):
+        return f"replicated: {row.num_parameters:,} gradients a step, however many examples"
+    if isinstance(splits, str):
+        return f"replicated: {splits}"
+    if row.split == COLUMNS:
+        return f"B(m + n) < 2mn up to {break_even(layer):,} examples a step"
+    return f"B(m + n) > 2mn from {break_even(layer) + 1:,} examples a step on"
