@@ -68,7 +68,7 @@ def flops_per_example(module: nn.Module, example_input: Any) -> dict[str, int]:
 def seconds_of(
     layout: Layout, flops: Mapping[str, int], num_examples: int, speeds: Speeds, element_size: int = 4
 ) -> dict[str, tuple[float, float]]:
-    """What each layer, and each other crossing, takes in a training step: seconds of arithmetic and updates, and on the link.
+    """What each layer, and each other crossing, takes of a training step: seconds of computing, and of sending.
 
     Args:
         layout: With what crosses.
