@@ -44,6 +44,8 @@ from .placement.partition import Partition
 from .placement.speeds import Speeds, measure_speeds
 from .placement.tensor import ColumnParameter
 
+_NUM_BUCKETS = 8  # of gradients that are averaged
+
 
 class HybridParallelStrategy(DDPStrategy):
     """Replicate the convolutions of a stock LightningModule, and split its linear layers by outputs.
@@ -226,7 +228,7 @@ class HybridParallelStrategy(DDPStrategy):
             )
         module = self.lightning_module
         if self.zero_stage is None or self.world_size == 1:
-            super().configure_ddp()
+            self._average_by_ddp()
             return
         reason = _zero.reason_against(module, trainer, self.optimizers, self.fc_update, self.precision_plugin)
         if reason and self.zero_stage >= 2:
@@ -238,11 +240,22 @@ class HybridParallelStrategy(DDPStrategy):
                 f"zero_stage={self.zero_stage} is done without, by torch's DDP, with optimizer state on every rank: "
                 f"{reason}. Use zero_stage=None to silence this."
             )
-            super().configure_ddp()
+            self._average_by_ddp()
             return
         assert module is not None
         self._engine = _zero.ZeroEngine(module, self.optimizers[0], self._deepspeed_config, self.root_device)
         self.model = self._engine.engine
+
+    def _average_by_ddp(self) -> None:
+        """Put torch's DDP around what is replicated.
+
+        That is so little that its buckets would take all of it, and none could leave before the backward pass is over.
+        """
+        assert self.lightning_module is not None
+        parameters = [p for p in self.lightning_module.parameters() if p.requires_grad]
+        num_bytes = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, ColumnParameter))
+        self._ddp_kwargs.setdefault("bucket_cap_mb", min(max(num_bytes / _NUM_BUCKETS / 2**20, 0.1), 25))
+        super().configure_ddp()
 
     # ------------------------------------------------------------------ steps
 
