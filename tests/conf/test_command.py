@@ -2,11 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from squall.conf import bench
 from squall.conf import main as command
+from squall.conf.suites.headlines import HEADLINES, put_into, table
 from squall.sparsity import load_compressed, save_compressed
 from squall.sparsity.coding import is_compressed
 from tests.conf import programs
@@ -82,6 +84,51 @@ def test_bench_writes_what_a_suite_returns(call, tmp_path):
     assert record["machine"]["versions"]["torch"]
     code, error, _ = call(bench.main, target, "+suite.number=0.5", "hydra.run.dir=there")
     assert (code, "Too slow." in error) == (1, True)
+
+
+def test_bench_runs_all_suites_whatever_becomes_of_each(call, tmp_path, monkeypatch):
+    seen = []
+
+    def round_trips(net, num_rounds):
+        seen.append(num_rounds)
+        rows = [{"MB each way": 2.0, "speed against gloo": ratio} for ratio in (1.0, 0.75)]
+        return bench.SuiteResult("Shards", rows, failures=["Too slow."])
+
+    monkeypatch.setattr("squall.conf.suites.shards.measure", round_trips)
+    settings = "suite.settings={shards: {num_rounds: 3}, compression: {nets: [nothing]}}"
+    code, error, _ = call(bench.main, "suite=all", "suite.names=[compression,shards]", settings, "hydra.run.dir=there")
+    assert (code, seen) == (1, [3])
+    assert "compression: was not measured: " in error
+    assert "shards: Too slow." in error
+    assert json.loads((tmp_path / "there" / "shards.json").read_text())["failures"] == ["Too slow."]
+    failed, ran = json.loads((tmp_path / "there" / "all.json").read_text())["rows"]
+    assert failed["suite"] == "compression"
+    assert ran["comes to"].endswith("Adagrad included, against bare gloo: 0.75 x")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("suite.names=[shrads]", "no suite shrads. There are: columns, compression"),
+        ("suite.settings={shards: {rounds: 1}}", "settings.shards.rounds: the suite has no such entry"),
+    ],
+)
+def test_bench_names_what_is_no_suite(call, override, words):
+    code, error, _ = call(bench.main, "suite=all", override, *["suite.names=[shards]"] * ("settings" in override))
+    assert code == 1
+    assert words in error
+
+
+def test_the_figures_in_the_readme_are_those_on_record():
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text()
+    assert put_into(text, table(root / "benchmarks")) == text, (
+        "python -m squall.conf.suites.headlines benchmarks README.md"
+    )
+
+
+def test_each_suite_has_a_headline():
+    assert {*HEADLINES, "all"} == {*bench.suites()}
 
 
 @pytest.mark.parametrize("main", [command.main, bench.main])
