@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -304,6 +305,13 @@ class Wrong(Module):
 class Stream(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Any:
         return iter([samples()[0]] * 8)
+
+
+def error_of(function: Callable[..., Any], *args: Any) -> str:
+    """What a program says that has to fail; the process, which took seconds to start, lives on."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011  (the test looks at the message)
+        function(*args)
+    return str(caught.value)
 
 
 def fit_wrong(path: str, what: str) -> None:
