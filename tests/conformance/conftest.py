@@ -11,7 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-conformance",
         action="store_true",
-        help="write the table that `pytest tests/conformance` saw into README.md",
+        help="write the table that `pytest tests/conformance` saw into docs/features.md",
     )
 
 

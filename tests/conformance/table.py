@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .cell import Cell
 
 WORKS = "works"
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "features.md"
 START, END = "<!-- conformance:start -->", "<!-- conformance:end -->"
 
 
@@ -138,19 +138,19 @@ def render(verdicts: Mapping[tuple[str, str], str]) -> str:
     return "\n".join(lines)
 
 
-def read_readme() -> dict[tuple[str, str], str]:
-    """The verdicts that the README shows."""
-    text = README.read_text()
-    assert START in text, f"README.md has no line {START}"
-    assert END in text, f"README.md has no line {END}"
+def read_page() -> dict[tuple[str, str], str]:
+    """The verdicts that the page shows."""
+    text = PAGE.read_text()
+    assert START in text, f"{PAGE.name} has no line {START}"
+    assert END in text, f"{PAGE.name} has no line {END}"
     rows = [line for line in text.split(START)[1].split(END)[0].splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return {(row[0], head): verdict for row in cells[2:] for head, verdict in zip(cells[0][1:], row[1:], strict=True)}
 
 
-def write_readme(verdicts: Mapping[tuple[str, str], str]) -> None:
-    """Put the table between the README's markers."""
-    text = README.read_text()
+def write_page(verdicts: Mapping[tuple[str, str], str]) -> None:
+    """Put the table between the page's markers."""
+    text = PAGE.read_text()
     before, rest = text.split(START)
     _, after = rest.split(END)
-    README.write_text(f"{before}{START}\n{render(verdicts)}\n{END}{after}")
+    PAGE.write_text(f"{before}{START}\n{render(verdicts)}\n{END}{after}")

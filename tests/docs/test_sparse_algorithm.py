@@ -1,9 +1,8 @@
-"""README's "Add a sparse algorithm", done as it says."""
+"""The page "Add a sparse algorithm", done as it says."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -11,14 +10,15 @@ import yaml
 
 from tests.conf.programs import run
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+from .pages import ROOT, read_blocks
+
+PAGE = ROOT / "docs" / "how-to" / "sparse_algorithm.md"
 
 
 def block(name: str) -> str:
-    """The code that follows a marker in the README."""
-    found = re.search(rf"<!-- sparse algorithm: {re.escape(name)} -->\s*```\w+\n(.+?)```", README.read_text(), re.S)
-    assert found is not None, f"README.md has no block {name}"
-    return found[1]
+    """The code whose marker ends with a name."""
+    (code,) = (block.code for block in read_blocks(PAGE) if (block.says("tested by") or "").endswith(f": {name}"))
+    return code + "\n"
 
 
 def test_three_functions_and_a_file_are_an_algorithm(tmp_path: Path) -> None:
