@@ -61,7 +61,13 @@ def max_pool2d(
     return result
 
 
-@torch.library.custom_op("squall::max_pool2d", mutates_args=())
+# Written out, since older versions of torch don't read list[int].
+_SCHEMA = (
+    "(Tensor x, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool ceil_mode) -> Tensor"
+)
+
+
+@torch.library.custom_op("squall::max_pool2d", mutates_args=(), schema=_SCHEMA)
 def _max_pool2d(
     x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> Tensor:

@@ -120,7 +120,16 @@ def _serves(sizes: Sizes, *tensors: Tensor) -> bool:
     return native.serves(*tensors, dtypes=native.SINGLE) and sizes.samples > 0 and min(sizes.weight) > 0
 
 
-@torch.library.custom_op("squall::sparse_conv2d", mutates_args=())
+# Written out, since older versions of torch don't read list[int].
+_GEOMETRY = "SymInt[] weight_shape, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_FORWARD = f"(Tensor x, Tensor values, Tensor positions, Tensor? bias, {_GEOMETRY}, bool relu) -> Tensor"
+_BACKWARD = (
+    f"(Tensor grad, Tensor x, Tensor values, Tensor positions, {_GEOMETRY}, bool wants_x, bool wants_values)"
+    " -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("squall::sparse_conv2d", mutates_args=(), schema=_FORWARD)
 def sparse_conv2d(
     x: Tensor,
     values: Tensor,
@@ -143,7 +152,7 @@ def sparse_conv2d(
     return native_path.convolve(x.contiguous(), _ordered(values, positions, plan), plan, bias, relu)
 
 
-@torch.library.custom_op("squall::sparse_conv2d_backward", mutates_args=())
+@torch.library.custom_op("squall::sparse_conv2d_backward", mutates_args=(), schema=_BACKWARD)
 def sparse_conv2d_backward(
     grad: Tensor,
     x: Tensor,

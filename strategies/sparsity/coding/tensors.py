@@ -23,14 +23,15 @@ from .fields import Budget, Bytes, Reader, number
 from .figures import statistics_of
 from .ways import COLUMNS, MAX_VALUES, SHARED, SPARSE, Words, count_values, to_rows, ways_of
 
+_E8M0 = (torch.float8_e8m0fnu,) if hasattr(torch, "float8_e8m0fnu") else ()  # torch 2.6 has none
 # A data type's place in this list is its number in the file: only ever append.
 DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn,
     torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-    torch.complex128, torch.complex32, torch.float8_e8m0fnu,
+    torch.complex128, torch.complex32, *_E8M0,
 )  # fmt: skip
-_FOREIGN = frozenset((torch.complex128, torch.complex32, torch.float8_e8m0fnu))
+_FOREIGN = frozenset((torch.complex128, torch.complex32, *_E8M0))
 """Those that the safetensors library doesn't write: they are bytes of ours even where coding makes them no smaller."""
 
 MAX_DIMS = 64
