@@ -28,7 +28,7 @@ from .consistency.together import SharedClient, Together
 from .consistency.values import decode, encode
 from .placement.batches import BatchSupply, agree_on_batches, release_batches, synchronize_generators
 from .placement.columns import Columns
-from .placement.layout import derive_layout, plan_layout
+from .placement.layout import plan_layout
 from .placement.module import place, take_part, unplace, whole_state_dict
 from .placement.tensor import SplitParameter, no_dispatch
 
@@ -182,8 +182,7 @@ class ReplicasInColumns(SplitSteps, UpdatingStrategy):
         module = self.lightning_module
         assert module is not None
         self._stance = run_eagerly(module)
-        layout = self._derive(module, partial(derive_layout, num_columns=self.num_columns))
-        self.layout = layout or plan_layout(module, self.num_columns, {})
+        self.layout = plan_layout(module, self.num_columns, {})
         place(module, self.layout, self._columns)
         with no_dispatch():
             self._held = [parameter.detach().as_subclass(Tensor) for parameter in parameters]

@@ -145,6 +145,7 @@ class Counts(LightningModule):
     def __init__(self, num: int) -> None:
         super().__init__()
         self.seen = nn.Conv2d(num, 5, 1)
+        self.last = nn.Linear(1, 1)  # stays whole, as last layers do, and has no gradient
         self.updates = nn.Parameter(torch.zeros(3))
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -161,6 +162,8 @@ def _counted(options: dict[str, Any]) -> dict[str, Any]:
     strategy = squall.DownpourStrategy(num_columns=2, **options)
     fitter = trainer(strategy, max_epochs=3)
     fitter.fit(module, DataLoader(torch.eye(24).view(24, 24, 1, 1), batch_size=2, shuffle=True))
+    assert strategy.layout is not None
+    assert [row.split for row in strategy.layout if row.name == "seen"] == ["columns"]
     return {"weights": whole(module), "steps": fitter.global_step, "report": dict(strategy.report)}
 
 
@@ -235,12 +238,12 @@ class Drawn(Dataset[Any]):
 class Sees(LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Conv2d(6, 4, 1)
+        self.layer, self.last = nn.Conv2d(6, 4, 1), nn.Linear(4, 1)
         self.batches: list[Tensor] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.batches.append(batch)
-        return self.layer(batch).sum() * 1e-3
+        return self.last(self.layer(batch).flatten(1)).sum() * 1e-3
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
