@@ -53,7 +53,8 @@ def num_devices(cfg: DictConfig) -> int:
     for ranks in ("num_columns", "num_tiles"):
         if strategy.get(ranks) is not None:
             per_replica = math.prod(strategy[ranks]) if isinstance(strategy[ranks], ListConfig) else strategy[ranks]
-            return int(per_replica) * int(strategy.get("data_parallel_size") or 1)
+            asynchronous = str(strategy.get("_target_", "")).endswith("DownpourStrategy")  # of one replica it is not
+            return int(per_replica) * (2 if asynchronous else int(strategy.get("data_parallel_size") or 1))
     return 2
 
 

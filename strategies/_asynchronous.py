@@ -174,7 +174,7 @@ class AsynchronousStrategy(LiveRanks):
                 f"{self._num_training_loaders} training dataloaders: the queue deals out one, so every rank reads its"
                 " share of each, as under DDP. What a lost rank had is not trained on by others."
             )
-            return split(dataloader, self.world_size, self.global_rank, self._seed)
+            return split(dataloader, self.num_workers, self.worker, self._seed)
         if not can_be_leased(dataloader):
             rank_zero_warn(
                 f"{type(dataloader).__name__} has no samples that could be dealt out by number, so every rank reads"
@@ -182,7 +182,7 @@ class AsynchronousStrategy(LiveRanks):
                 " __len__. What a lost rank had is not trained on by others."
             )
             return dataloader
-        leased = lease(dataloader, trainer.limit_train_batches, self.world_size, self._seed)
+        leased = lease(dataloader, trainer.limit_train_batches, self.num_workers, self._seed)
         batches = leased_batches(leased)
         assert batches is not None
         batches.call = self._call
@@ -293,13 +293,14 @@ class AsynchronousStrategy(LiveRanks):
 
     def _end_without_leader(self, trainer: Trainer, successor: int) -> None:
         message = "Rank 0 is gone, which logs and writes checkpoints, so the run ends."
-        if self.global_rank == successor and self._in_loop:
+        if self.worker == successor and self._in_loop:
             self._settle()
             path = os.path.join(trainer.default_root_dir, f"rank0-lost-step={self._known_version()}.ckpt")
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)
-            self._write_as_successor(checkpoint, path)
             message += f" All that it had learned is in {path}."
-            sys.stderr.write(f"{message}\n")
+            if self._speaks:
+                self._write_as_successor(checkpoint, path)
+                sys.stderr.write(f"{message}\n")
         raise LeaderLostError(message)
 
     def _settle(self) -> None:

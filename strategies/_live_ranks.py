@@ -83,9 +83,24 @@ class LiveRanks(DDPStrategy):
         return self.lightning_module.trainer
 
     @property
+    def worker(self) -> int:
+        """Number of the worker that this rank is, or is one of the ranks of."""
+        return self.global_rank
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank speaks for its worker."""
+        return True
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers begin the run."""
+        return self.world_size
+
+    @property
     def is_leader(self) -> bool:
         """Whether this worker validates, logs and writes checkpoints."""
-        return self.global_rank == LEADER
+        return self.worker == LEADER
 
     def setup_environment(self) -> None:
         """Come to the run: for ``fit`` to its coordinator, for all else to a process group as under DDP."""
@@ -109,10 +124,10 @@ class LiveRanks(DDPStrategy):
         self._connect(trainer)
 
     def _connect(self, trainer: Trainer) -> None:
-        if self.is_leader:
+        if self.is_global_zero:
             address, number = self._open_run(trainer)
             self._has_shards = True
-            self._client = Client(address, LEADER, number, self._lease_timeout / 4)
+            self._client = self._call_up(address, number)
         else:
             self._client = self._come_to(self._job)
         self._num_meetings.clear()
@@ -120,6 +135,16 @@ class LiveRanks(DDPStrategy):
         if agreed is None:
             raise LeaderLostError("Rank 0 was lost before training began.")
         self._run_name, self._seed = agreed["name"], agreed["seed"]
+
+    def _call_up(self, address: Address, number: int) -> Client:
+        """Say hello to the coordinator of a run.
+
+        Args:
+            address: Where it is.
+            number: Of the run there.
+
+        """
+        return Client(address, self.worker, number, self._lease_timeout / 4)
 
     @property
     def _job(self) -> Job:
@@ -156,7 +181,7 @@ class LiveRanks(DDPStrategy):
                 self._has_shards = job.num_nodes > 1 and self.local_rank == 0
                 if self._has_shards:
                     self._has_shards = enlist(address, self.node_rank, number)
-                client = Client(address, self.global_rank, number, self._lease_timeout / 4)
+                client = self._call_up(address, number)
             except (CoordinatorGoneError, OSError, MisconfigurationException):
                 if time.monotonic() > deadline:
                     raise
@@ -171,7 +196,7 @@ class LiveRanks(DDPStrategy):
 
     def _run_options(self, trainer: Trainer) -> dict[str, Any]:
         return {
-            "world_size": self.world_size,
+            "world_size": self.num_workers,
             "max_steps": trainer.max_steps,
             "lease_timeout": self._lease_timeout,
         }
@@ -318,7 +343,7 @@ class LiveRanks(DDPStrategy):
         if len(set(digests.values())) > 1:  # seeded alike, as a rule
             values = {name: tensor.detach() for name, tensor in tensors.items()} if self.is_leader else None
             self._take_state(self._meet("state", values).get(LEADER))
-        return self.global_rank in digests
+        return self.worker in digests
 
     def _take_state(self, given: Mapping[str, Tensor] | None) -> None:
         if given is None or self.is_leader:

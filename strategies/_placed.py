@@ -1,4 +1,4 @@
-"""A module that is split over the ranks of each replica, in whatever way: its steps, its checkpoints, its end."""
+"""A module that is split over the ranks of each replica, in whatever way: its checkpoints, its end."""
 
 from __future__ import annotations
 
@@ -15,25 +15,21 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from ._mesh import MeshStrategy
-from ._placing import INTERRUPTED, batch_size_of, log_graph, num_images, refuse_interrupted, run_eagerly
+from ._placing import INTERRUPTED, batch_size_of, log_graph, refuse_interrupted, run_eagerly
+from ._split_steps import SplitSteps
 from .placement.batches import BatchSource
 from .placement.choosing import choose_whole, flops_per_example
-from .placement.columns import Crossing
 from .placement.layout import COLUMNS, MEASURED, Layout, read_layout
 from .placement.module import unplace, whole_state_dict
 from .placement.optimizers import gather_optimizer_state, take_optimizer_state, whole_optimizer_state, wrap_step
-from .placement.rules.norms import synchronize_buffers
 from .placement.speeds import measure_speeds
-from .placement.tensor import no_dispatch, whole
 
 
-class PlacedStrategy(MeshStrategy):
+class PlacedStrategy(SplitSteps, MeshStrategy):
     """Ranks that hold one module between them, and say what crosses.
 
     Args:
@@ -54,19 +50,11 @@ class PlacedStrategy(MeshStrategy):
         **options: Any,
     ) -> None:
         super().__init__(num_columns, data_parallel_size, batches, **options)
-        self.layout: Layout | None = None
         self._overrides = dict(read_layout(layout, self._split))
         self._is_measured = layout == MEASURED
-        self._last_crossings: list[Crossing] = []
         self._stance: Any = None  # of torch.compile, while the module is split
-        self._in_training_step = False
 
     _split = COLUMNS  # what a layer is in that is not whole
-
-    @property
-    def crossings(self) -> list[Crossing]:
-        """What each crossing of the last training step sent per image, forward and backward."""
-        return self._columns.ledger.crossings if self._in_training_step else self._last_crossings
 
     # ------------------------------------------------------------------ the module
 
@@ -141,59 +129,6 @@ class PlacedStrategy(MeshStrategy):
     @abstractmethod
     def _place(self, module: LightningModule) -> Layout:
         """Split the module over the ranks, in place."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Run the user's step, and log what crossed."""
-        self._start_step(args, training=True)
-        output = self._step(super().training_step, *args, **kwargs)
-        self._log_crossings()
-        return output
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Run the user's step; what it returns is whole."""
-        self._start_step(args, training=False)
-        return self._step(super().validation_step, *args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Run the user's step; what it returns is whole."""
-        self._start_step(args, training=False)
-        return self._step(super().test_step, *args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; what it returns is whole."""
-        self._start_step(args, training=False)
-        return self._step(super().predict_step, *args, **kwargs)
-
-    def _start_step(self, args: tuple[Any, ...], training: bool) -> None:
-        if self._in_training_step:
-            self._last_crossings = self._columns.ledger.crossings
-        self._in_training_step = training
-        self._columns.ledger.start_step(num_images(args[0]) if args else 1)
-
-    def _step(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        output = step(*args, **kwargs)
-        synchronize_buffers()
-        with no_dispatch():
-            complete: STEP_OUTPUT = tree_map(lambda value: whole(value, "step output"), output)
-            return complete
-
-    def _log_crossings(self) -> None:
-        module = self.lightning_module
-        assert module is not None
-        if self.num_columns == 1 or module._trainer is None:
-            return
-        now = self._columns.ledger.crossings
-        past = {crossing.name: crossing for crossing in self._last_crossings}
-        values = {f"crossings/{crossing.name or 'module'}": crossing.floats_per_image_forward for crossing in now}
-        values["crossings/forward_floats"] = sum(crossing.floats_per_image_forward for crossing in now)
-        values["crossings/backward_floats"] = sum(crossing.floats_per_image_backward for crossing in past.values())
-        values["crossings/bytes"] = sum(crossing.bytes_per_image_forward for crossing in now) + sum(
-            crossing.bytes_per_image_backward for crossing in past.values()
-        )
-        # The last finished backward pass is that of the step before: nothing to log on the first step of all.
-        if not past:
-            del values["crossings/backward_floats"], values["crossings/bytes"]
-        module.log_dict(values, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     # ------------------------------------------------------------------ optimizers and checkpoints
 

@@ -480,7 +480,7 @@ class UpdatingStrategy(AsynchronousStrategy):
         self._sent_hyper = self._heard_hyper = None
         self._warned.clear()
         self._num_members.clear()
-        if self.is_leader and (self._all_have_ended or self.world_size == 1):
+        if self.is_global_zero and (self._all_have_ended or self.world_size == 1):
             rest()  # after an exception others may still need the weights
         self._all_have_ended = False
         super()._leave_run()

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ._arguments import check_flag, check_whole
 from ._asynchronous import parameters_of
-from ._updating import UpdatingStrategy
+from ._replica_columns import ReplicasInColumns
 from .consistency import snapshot as snapshots
 from .consistency.client import RevokedError
 from .consistency.events import from_pairs, num_ranks, pack
@@ -34,9 +34,10 @@ from .consistency.shard import ShardSpec
 from .consistency.staleness import MEAN_SQUARE, StalenessRule
 from .consistency.updates import SliceMemory
 from .placement.optimizers import is_elementwise
+from .placement.tensor import no_dispatch
 
 
-class DownpourStrategy(UpdatingStrategy):
+class DownpourStrategy(ReplicasInColumns):
     """Asynchronous data parallelism around sharded parameter servers (Dean et al. 2012, section 4.1).
 
     Every rank is a worker that trains at its own pace on batches from one queue: it computes a gradient, pushes it,
@@ -69,7 +70,10 @@ class DownpourStrategy(UpdatingStrategy):
         codec: How pushes are coded: ``"fp32"`` (as they are), ``"bf16"``, ``"int8"``, ``"1bit"``, ``"topk"``; and how
             changes of weights are, for workers of other hosts than the shards'.
         warm_start_steps: Updates that the leader makes alone before the others begin.
-        num_columns: Reserved for replicas in columns; only 1 is accepted.
+        num_columns: Ranks that hold one replica between them, each the columns of its layers (section 3 of the paper).
+            Such a replica computes one batch at a time, and its push is one update. Each rank writes and reads its own
+            part of the parameters. If one of its ranks is lost, the replica is. On CPUs of one host, with
+            ``codec="fp32"``, and without ``schedule``.
         sparsity: Reserved for sparse weights; only ``None`` is accepted.
         overlap: Compute the next gradient while the last one is carried and applied: nobody waits for a shard or a
             wire, and every gradient is an update staler.
@@ -132,6 +136,7 @@ class DownpourStrategy(UpdatingStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(
+            num_columns,
             warm_start_steps,
             lease_timeout,
             join_timeout,
@@ -148,8 +153,16 @@ class DownpourStrategy(UpdatingStrategy):
             ("max_staleness", 0 if max_staleness is None else max_staleness, 0),
         ):
             check_whole(name, value, least)
-        if num_columns != 1:
-            raise MisconfigurationException(f"num_columns={num_columns!r}: replicas are whole so far. Leave it at 1.")
+        if num_columns > 1 and codec != "fp32":
+            raise MisconfigurationException(
+                f"num_columns={num_columns} with codec={codec!r}: columns write their parts of a push into memory as"
+                ' they are, where a code would save nothing. Set codec="fp32", or num_columns=1.'
+            )
+        if num_columns > 1 and schedule is not None:
+            raise MisconfigurationException(
+                f"num_columns={num_columns} with a schedule: only whole replicas repeat one so far. Set schedule=None,"
+                " or num_columns=1."
+            )
         if sparsity is not None:
             raise MisconfigurationException(f"sparsity={sparsity!r}: weights are dense so far. Leave sparsity=None.")
         check_flag("overlap", overlap)
@@ -259,9 +272,11 @@ class DownpourStrategy(UpdatingStrategy):
     def _join(self) -> None:
         if self._replica is None:
             assert self._plan is not None
+            part = self._split(self._parameters)  # not before the shards have what is whole
             self._replica = Replica(
-                self.client, self._plan, self._parameters, self._run_name, 3 if self.rule.compensates else 2,
-                self.codec, self.node_rank, 8 * self._lease_timeout,
+                self.client, self._plan, self._held or self._parameters, self._run_name,
+                3 if self.rule.compensates else 2, self.codec, self.node_rank, 8 * self._lease_timeout, part,
+                self._parameters,
             )  # fmt: skip
             self._accrued = Sums(len(self._parameters))
             for optimizer in self.optimizers:
@@ -289,7 +304,7 @@ class DownpourStrategy(UpdatingStrategy):
 
     def _write_edits(self) -> bool:
         edits = self.replica.find_edits(look=self._begins_epoch or self._snapshot is not None)
-        if not edits:
+        if not self._any(bool(edits)):
             return False
         if self._begins_epoch and not self.is_leader:
             self.replica.remember()
@@ -342,7 +357,8 @@ class DownpourStrategy(UpdatingStrategy):
 
     def _gradients_of(self, optimizer: Optimizer) -> list[Tensor | None]:
         mine = {p for group in optimizer.param_groups for p in group["params"]} if len(self.optimizers) > 1 else None
-        return [p.grad if mine is None or p in mine else None for p in self._parameters]
+        with no_dispatch():
+            return self._agreed([p.grad if mine is None or p in mine else None for p in self._parameters])
 
     def _rates(self) -> list[float]:
         infos = self._plan.parameters if self._plan is not None else ()
@@ -425,7 +441,7 @@ class DownpourStrategy(UpdatingStrategy):
                 self.replica.join()
         if with_state and self.is_leader and self.num_nodes > 1:
             self._keep_copies(shot.version)
-        self.replica.compute_with(shot.weights, shot.version)
+        self.replica.compute_with(self._parts_of(shot, self._parameters), shot.version)
         return shot
 
     def _attach(self, shard: int, with_state: bool) -> SliceMemory:

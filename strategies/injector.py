@@ -19,8 +19,9 @@ class EventInjector(Callback):
 
     Steps count a rank's own batches from 0. A delay or a barrier *at* a step stands before the rank asks for the
     batch after it is done with the ones before: while a rank waits there, it does nothing at all. (A rank always has
-    the next batch in hand already.) A failure at a step is in the midst of it: its samples are dealt to somebody
-    else. Whatever could be waited for in vain, because its rank is lost or has finished, is not waited for.
+    the next batch in hand already. A replica of several ranks waits as one, and is given by its number.) A failure at
+    a step is in the midst of it: its samples are dealt to somebody else. Whatever could be waited for in vain, because
+    its rank is lost or has finished, is not waited for.
 
     A script that leaves open who comes first can be replayed all the same: ``trainer.strategy.events`` of one run,
     given as ``schedule`` to the next, repeats the interleaving, and gives identical weights.
@@ -136,8 +137,9 @@ class EventInjector(Callback):
             )
 
     def _wait(self, trainer: Trainer) -> None:
-        strategy, rank = trainer.strategy, trainer.global_rank
+        strategy = trainer.strategy
         assert isinstance(strategy, AsynchronousStrategy)
+        rank = strategy.worker
         for number, ranks in enumerate(self._barriers.get(self._step, ())):
             if rank in ranks:
                 strategy.wait_for_ranks(f"{self._step}.{number}", ranks)

@@ -190,13 +190,16 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
         """Hand a signal on to the other ranks.
 
         One that asks this process to end is not handed on where they end by themselves: they notice that it is gone.
-        (What ranks do in a process group, they end together all the same.)
+        (What all ranks do in one process group, they end together all the same.)
 
         Args:
             signum: Which.
 
         """
-        if self._ends_together or signum != signal.SIGTERM or distributed.is_initialized():
+        all_in_one = (
+            distributed.is_initialized() and distributed.get_world_size() == self.num_processes * self.num_nodes
+        )
+        if self._ends_together or signum != signal.SIGTERM or all_in_one:
             super().kill(signum)
 
     @staticmethod

@@ -27,7 +27,6 @@ from ._line_search import check_trainer, decays_of, leased_or_error, warn_of_noi
 from ._updating import UpdatingStrategy
 from .consistency import snapshot as snapshots
 from .consistency.client import Client, CoordinatorGoneError, RunFailedError
-from .consistency.coordinator import LEADER
 from .consistency.hosting import get_host, is_host_lost, replace_host
 from .consistency.jobs import Address, find_job
 from .consistency.memory import Segment
@@ -496,7 +495,7 @@ class SandblasterStrategy(UpdatingStrategy):
         host.request({"op": "memory", "num_bytes": sizes, "is_left": True})
         self._spec = replace(self._spec, num_restarts=self._num_restarts, evaluation=self._epoch()[0])
         host.request({"op": "go", "version": self._version}, pickle.dumps(self._spec))
-        client = Client(address, LEADER, number, self._lease_timeout / 4)
+        client = self._call_up(address, number)
         client.call({"op": "order", "epoch": 0, "num_batches": len(self._portions)}, self._portions.pack())
         return client
 

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from .hosting import keep_private
 from .jobs import Address
@@ -16,6 +16,8 @@ from .values import decode, encode
 from .wire import Blocking, Header, connect
 
 _CONNECT_SECONDS = 10.0
+
+_Made = TypeVar("_Made")
 
 
 class RunFailedError(RuntimeError):
@@ -166,6 +168,10 @@ class Client:
             raise RunFailedError(str(header["failed"]))
         elif "done" in header:
             self.done = max(self.done, int(header["done"]))
+
+    def in_turn(self, make: Callable[[], _Made]) -> _Made:
+        """Make something; where ranks share a line, the first makes what the others then find."""
+        return make()
 
     def close(self) -> None:
         """Hang up. May be called twice."""

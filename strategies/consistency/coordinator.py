@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .commands import Commands
+from .mates import Mates
 from .meetings import Board, Meetings
 from .order import Order, pack_orders
 from .queue import Ticket, WorkQueue
@@ -92,6 +93,7 @@ class Coordinator:
         self.commands.expect(num_shards)
         self._send = send
         self._by_peer: dict[Peer, Worker] = {}
+        self._mates = Mates(self._admit, self._bury)
         self._generations: dict[int, int] = {}
         self._parked: list[_Parked] = []
         self._meetings = Meetings(self._answer)
@@ -113,17 +115,19 @@ class Coordinator:
         return [worker for _, worker in sorted(self.workers.items()) if worker.alive]
 
     def lost(self, peer: Peer, now: float = 0.0) -> None:
-        """A worker's connection has ended."""
+        """A worker's connection has ended, or that of one of its ranks."""
+        self._mates.lost(peer)
         worker = self._by_peer.pop(peer, None)
         if worker is not None:
             self._bury(worker)
-            self._progress(now)
+        self._progress(now)
 
     def tick(self, now: float) -> None:
         """Look for workers that have not been heard of for too long."""
         for worker in self.live:
             if now - worker.last_seen > self.options.lease_timeout:
                 self._bury(worker)
+        self._mates.tick(now, self.options.lease_timeout)
         if self._first_hello is not None and now - self._first_hello > self.options.join_timeout:
             self._waits_for_all = False
         self._progress(now)
@@ -136,6 +140,7 @@ class Coordinator:
         """Nobody could be heard for so long, through no fault of theirs."""
         for worker in self.live:
             worker.last_seen += seconds
+        self._mates.excuse(seconds)
 
     def _bury(self, worker: Worker) -> None:
         if not worker.alive:
@@ -185,7 +190,13 @@ class Coordinator:
         """
         operation = check_request(header)
         if operation == "hello":
-            self._hello(peer, header, now)
+            if header.get("column"):
+                self._mates.hello(peer, header, self.workers.get(int(header["rank"])), now)
+                self._progress(now)
+            else:
+                self._hello(peer, header, now)
+            return
+        if operation == "alive" and self._mates.seen(peer, now):
             return
         worker = self._by_peer.get(peer)
         if worker is None:
@@ -251,13 +262,22 @@ class Coordinator:
         generation = self._generations.get(rank, -1) + 1
         self._generations[rank] = generation
         self.num_joined += 1
-        worker = Worker(rank, generation, peer, now)
+        worker = Worker(rank, generation, peer, now, rendezvous=int(header.get("rendezvous", 0)))
         self.workers[rank] = worker
         self._by_peer[peer] = worker
-        self._answer(worker, header, {
-            "generation": generation, "started": self.started, "epoch": self.queue.last_epoch, "version": self.version,
-        })  # fmt: skip
+        self._answer(worker, header, self._welcome(worker))
+        self._mates.worker_is_there(worker, now)
         self._progress(now)
+
+    def _welcome(self, worker: Worker) -> Header:
+        return {
+            "generation": worker.generation, "started": self.started, "epoch": self.queue.last_epoch,
+            "version": self.version,
+        }  # fmt: skip
+
+    def _admit(self, peer: Peer, header: Header, worker: Worker) -> None:
+        """Tell a rank where the others of its worker meet."""
+        self._send(peer, {"re": header.get("id"), **self._welcome(worker), "rendezvous": worker.rendezvous}, b"")
 
     def _on_alive(self, worker: Worker, header: Header, payload: bytes) -> bool:
         return True

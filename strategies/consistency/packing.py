@@ -53,6 +53,52 @@ def find_pieces(plan: Plan, offset_of: Callable[[Unit], int]) -> list[Piece]:
     return pieces
 
 
+Runs = Sequence[tuple[int, int, int]]
+"""Of a parameter that a rank holds a part of: where neighbouring elements begin in the whole, where they end there, and
+where they begin in the part; in order."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of several ranks, which hold a replica between them, has to do with each parameter.
+
+    Args:
+        held: What it holds, and so fetches; None for all of it.
+        pushed: What it pushes: what it holds, unless others hold the same.
+
+    """
+
+    held: tuple[Runs | None, ...]
+    pushed: tuple[Runs | None, ...]
+
+
+def cut_pieces(plan: Plan, pieces: Sequence[Piece], runs_of: Sequence[Runs | None] | None) -> list[Piece]:
+    """The pieces of a part. Where they begin and stop is counted in the part, where they lie stays what it was.
+
+    Args:
+        plan: All slices.
+        pieces: Of whole parameters.
+        runs_of: Of each parameter, what belongs to the part; None for all of it, or all of them.
+
+    """
+    if runs_of is None:
+        return list(pieces)
+    cut: list[Piece] = []
+    for piece in pieces:
+        runs = runs_of[piece.parameter]
+        if runs is None:
+            cut.append(piece)
+            continue
+        size = plan.parameters[piece.parameter].dtype.itemsize
+        for start, stop, local in runs:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                begin = local + first - start
+                offset = piece.offset + (first - piece.start) * size
+                cut.append(Piece(piece.parameter, begin, begin + last - first, piece.shard, offset))
+    return cut
+
+
 def flat(gradient: Tensor) -> Tensor:
     """A gradient as a row of numbers."""
     dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
@@ -177,16 +223,17 @@ class Encoder:
     Args:
         codec: How they are coded; with error feedback where the codec is meant for it.
         plan: All slices.
+        runs_of: What is pushed of each parameter, as :func:`cut_pieces` takes it. Only ``"fp32"`` can be cut.
 
     """
 
-    def __init__(self, codec: str, plan: Plan) -> None:
+    def __init__(self, codec: str, plan: Plan, runs_of: Sequence[Runs | None] | None = None) -> None:
         self._plan = plan
         self._codec = None if codec == "fp32" else get_codec(codec)
         self._residuals: dict[tuple[int, int], Tensor] = {}  # of each unit: what its codes have lost
         self._pieces: dict[int, list[Piece]] = {}
         if self._codec is None:
-            for piece in find_pieces(plan, lambda unit: unit.code_offset):
+            for piece in cut_pieces(plan, find_pieces(plan, lambda unit: unit.code_offset), runs_of):
                 self._pieces.setdefault(piece.shard, []).append(piece)
 
     def encode(self, rows: Sequence[Tensor | None], codes: Sequence[Tensor]) -> None:

@@ -18,7 +18,18 @@ from .courier import Courier
 from .mailbox import NUM_SLOTS, HostLostError, Mailbox, Place, RemoteMailbox, open_mailboxes, part_name
 from .memory import host_prefix, make_or_attach
 from .optimizers import Hyperparameters
-from .packing import RESIDUALS, Encoder, Piece, Sums, find_pieces, flat, num_residuals, sum_residuals
+from .packing import (
+    RESIDUALS,
+    Encoder,
+    Part,
+    Piece,
+    Sums,
+    cut_pieces,
+    find_pieces,
+    flat,
+    num_residuals,
+    sum_residuals,
+)
 from .plan import Plan
 from .queue import Ticket
 from .watching import EditWatch
@@ -57,6 +68,9 @@ class Replica:
         codec: How pushes, and changes of weights for workers of other hosts, are coded.
         node: Rank of the worker's host.
         patience: Seconds in which a lost host's shards must be somewhere else.
+        part: What this rank holds, if it is one of several that hold a replica between them; they call all methods
+            together, and ``parameters`` are its own parts, flat or not.
+        owners: Parameters whose ``data`` are ``parameters``, if these are not parameters themselves.
 
     """
 
@@ -64,12 +78,14 @@ class Replica:
         self,
         client: Client,
         plan: Plan,
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[Tensor],
         name: str,
         num_buffers: int = 2,
         codec: str = "fp32",
         node: int = 0,
         patience: float = 120.0,
+        part: Part | None = None,
+        owners: Sequence[nn.Parameter] | None = None,
     ) -> None:
         self.client = client
         self.plan = plan
@@ -86,14 +102,23 @@ class Replica:
         self._codec = codec
         self._node = node
         self._patience = patience
-        self._fetch_pieces = find_pieces(plan, lambda unit: unit.fetch_offset)
-        self._encoder = Encoder(codec, plan)
+        pieces = find_pieces(plan, lambda unit: unit.fetch_offset)
+        held, pushed = (None, None) if part is None else (part.held, part.pushed)
+        self._fetch_pieces = cut_pieces(plan, pieces, held)
+        self._edit_pieces = cut_pieces(plan, pieces, pushed)
+        self._encoder = Encoder(codec, plan, pushed)
+        self._num_code_bytes = sum(slice_.num_code_bytes for slice_ in plan.slices)
+        if part is not None:  # which is not coded
+            itemsizes = (plan.parameters[piece.parameter].dtype.itemsize for piece in self._edit_pieces)
+            self._num_code_bytes = sum(
+                (p.stop - p.start) * s for p, s in zip(self._edit_pieces, itemsizes, strict=True)
+            )
         self._mailboxes: list[Mailbox] = []
         self.lost: list[Ticket] = []  # of pushes that were not applied, since shards had moved
         self._num_joins = 0
         self._courier = Courier()
         self._carried_before = (0, 0)
-        self._watch = EditWatch(parameters)
+        self._watch = EditWatch(parameters, owners)
         self._kept: list[Tensor] = []
         self._expected: list[Tensor] | None = None  # what unedited weights are, if not what was fetched last
         self._pending: deque[tuple[int, int, int]] = deque()  # sequence, buffer and version of fetches under way
@@ -132,10 +157,10 @@ class Replica:
         again = f".{self._num_joins}" if self._num_joins else ""
         name = f"{self._name}-w{self.client.rank}.{self.client.generation}{again}"
         self._places = places
-        self._mailboxes = open_mailboxes(
+        self._mailboxes = self.client.in_turn(lambda: open_mailboxes(
             self.plan, self._num_buffers, name, self._name, places, self._node,
             token=self.client.address.token, number=self.client.run, codec=self._codec,
-        )  # fmt: skip
+        ))  # fmt: skip
         if self._encoder.has_residuals:
             of_residuals = part_name(name, self._name, self._node, 0) + RESIDUALS
             memory = make_or_attach(of_residuals, 4 * num_residuals(self.plan))
@@ -318,7 +343,7 @@ class Replica:
             parameter.data.copy_(torch.where(mine.isnan(), parameter.data, mine))
         buffer = self._next_buffer()
         parts = [part for mailbox in self._mailboxes for part in mailbox.edits(buffer)]
-        for piece in self._fetch_pieces:
+        for piece in self._edit_pieces:
             there = piece.of(parts[piece.shard], self.parameters[piece.parameter].dtype)
             if piece.parameter not in edits:
                 there.fill_(torch.nan if _has_nan(there.dtype) else 0)
@@ -515,7 +540,7 @@ class Replica:
         self.client.wait_until_done(self._last_use[slot])
         rows = [None if gradient is None else flat(gradient) for gradient in gradients]
         self._encoder.encode(rows, self._slots[slot])
-        self.num_bytes_pushed += sum(slice_.num_code_bytes for slice_ in self.plan.slices)
+        self.num_bytes_pushed += self._num_code_bytes
         return slot, {
             "op": "commit",
             "slot": slot,

@@ -53,7 +53,7 @@ def _or_none(check: Check) -> Check:
 
 # Of each operation: what it must have, and what it may have. Other fields are anything that JSON can say.
 _FORMS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
-    "hello": ({"rank": _rank, "run": _number}, {}),
+    "hello": ({"rank": _rank, "run": _number}, {"column": _number, "rendezvous": _number}),
     "alive": ({}, {}),
     "meet": ({"key": _text, "kind": _text}, {}),
     "share": ({"key": _text}, {}),

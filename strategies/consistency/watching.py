@@ -20,12 +20,13 @@ class EditWatch:
 
     Args:
         parameters: What to watch, from :meth:`begin` to :meth:`end`.
+        owners: Whose ``data`` somebody would take to edit them, if not their own.
 
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], owners: Sequence[Tensor] | None = None) -> None:
         self._parameters = parameters
-        self._ids = {id(parameter) for parameter in parameters}
+        self._ids = {id(parameter) for parameter in (parameters if owners is None else owners)}
         self._count = -1
         self._was_taken = True
 

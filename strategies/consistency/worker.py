@@ -12,7 +12,7 @@ LEADER = 0
 
 @dataclass
 class Worker:
-    """One generation of one rank."""
+    """One generation of one rank, or of several that are one replica."""
 
     rank: int
     generation: int
@@ -30,6 +30,7 @@ class Worker:
     sequence: int = 0
     mailbox: str = ""
     buffers: bytes = b""
+    rendezvous: int = 0  # the port where its ranks meet, if it is several
 
     @property
     def key(self) -> tuple[int, int]:

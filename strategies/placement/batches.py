@@ -70,21 +70,28 @@ class BatchSupply:
         source: ``"auto"`` loads on every column, and falls back to ``"broadcast"``, where the first column loads and
             sends.
         start_epoch: Called when an iteration starts, before anything random is drawn.
+        all_load: Every column loads even what the first one sends, since loading does more than that.
 
     """
 
     def __init__(
-        self, columns: Columns, device: torch.device, source: BatchSource, start_epoch: Callable[[], None]
+        self,
+        columns: Columns,
+        device: torch.device,
+        source: BatchSource,
+        start_epoch: Callable[[], None],
+        all_load: bool = False,
     ) -> None:
         self.columns = columns
         self.device = device
         self.sends = source == "broadcast"
         self.start_epoch = start_epoch
+        self.all_load = all_load
 
     def iterate(self, open_loader: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """Yield what the loader yields, agreed on by all columns."""
         self.start_epoch()
-        loader = open_loader() if self.columns.rank == 0 or not self.sends else iter(())
+        loader = open_loader() if self.columns.rank == 0 or self.all_load or not self.sends else iter(())
         while True:
             batch = next(loader, _END)
             if not self.sends and not self._agrees(batch):

@@ -315,7 +315,6 @@ def test_edits_between_steps_are_kept() -> None:
         ({"codec": 5}, "codec=5 must be one of"),
         ({"schedule": 5}, "schedule: it is no list. Give it what strategy.events"),
         ({"schedule": [["foo", 0]]}, "schedule: event 0 is of kind 'foo'"),
-        ({"num_columns": 2}, "num_columns=2"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
