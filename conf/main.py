@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 MODES = ("fit", "validate", "test")
 # What a model file leaves null, and the attribute of the DataModule that fills it in.
 _WITH_ADAGRAD = ("DownpourStrategy", "HogwildStrategy")
+# What a rank other than the first is told: the job's folder is written by one.
+WRITES_NOTHING = ("hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 FROM_DATA = {"num_classes": "num_classes", "in_channels": "num_channels", "image_size": "image_size"}
 
 
@@ -31,16 +33,18 @@ def num_devices(cfg: DictConfig) -> int:
         cfg: The configuration; ``trainer.devices`` decides unless it is null.
 
     Returns:
-        ``trainer.devices``; or else 1 for the single-device Strategy, columns times replicas for one that has them,
-        and 2.
+        ``trainer.devices``; or else, of all ``trainer.num_nodes`` together, 1 for the single-device Strategy, columns
+        times replicas for one that has them, and 2.
 
     Raises:
-        UserError: If ``trainer.devices`` asks several of a Strategy that uses one.
+        UserError: If several processes are asked of a Strategy that uses one, or hosts can't share them evenly.
 
     """
     strategy = cfg.strategy
     single = str(strategy.get("_target_", "")).endswith("SingleDeviceStrategy") or strategy.get("inner") == "single"
-    asked = cfg.trainer.get("devices")
+    asked, num_nodes = cfg.trainer.get("devices"), int(cfg.trainer.get("num_nodes") or 1)
+    if single and num_nodes > 1:
+        raise UserError(f"This strategy uses one process: leave trainer.num_nodes={num_nodes} out.")
     if asked is not None:
         if single and str(asked) not in ("1", "auto"):
             raise UserError(
@@ -53,9 +57,16 @@ def num_devices(cfg: DictConfig) -> int:
     for ranks in ("num_columns", "num_tiles"):
         if strategy.get(ranks) is not None:
             per_replica = math.prod(strategy[ranks]) if isinstance(strategy[ranks], ListConfig) else strategy[ranks]
-            asynchronous = str(strategy.get("_target_", "")).endswith("DownpourStrategy")  # of one replica it is not
-            return int(per_replica) * (2 if asynchronous else int(strategy.get("data_parallel_size") or 1))
-    return 2
+            is_downpour = str(strategy.get("_target_", "")).endswith("DownpourStrategy")  # of one replica it is none
+            num_replicas = 2 if is_downpour else int(strategy.get("data_parallel_size") or 1)
+            num_ranks = int(per_replica) * num_replicas
+            if num_ranks % num_nodes:
+                raise UserError(
+                    f"trainer.num_nodes={num_nodes} hosts can't share {num_ranks} ranks evenly: set trainer.num_nodes"
+                    f" to a divisor of {num_ranks}, or strategy.{ranks}=<number of ranks>."
+                )
+            return num_ranks // num_nodes
+    return max(2 // num_nodes, 1)
 
 
 def fill_from_data(node: Any, datamodule: Any) -> None:
@@ -194,6 +205,7 @@ def quiet_console() -> None:
     # Lightning's own use of torch, nothing a user can change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     warnings.filterwarnings("ignore", message=".*`optimizer.step..` has been overridden.*")  # by a Strategy, rightly
 
 
@@ -255,6 +267,8 @@ def report_errors(app: Any) -> None:
     """
     from squall.launching import restored_environment
 
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) > 0:  # srun's, or torchrun's
+        sys.argv += WRITES_NOTHING
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         app()
         return

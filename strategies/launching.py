@@ -20,7 +20,6 @@ import atexit
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,14 +27,19 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy as _LightningDDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import distributed
 
+from squall._allocation import check_allocation, find_main_address
 from squall._gang import Gang, RankFailedError, membership
 from squall._hydra_job import HydraJob, current_job
+from squall._requeue import run_in_slurm
+from squall.consistency.addresses import facing
 
 __all__ = ["DDPStrategy", "HydraAwareLauncher", "RankFailedError", "finish"]
 
@@ -123,7 +127,7 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
         Args:
             function: What to call.
             *args: Its positional arguments.
-            trainer: Lightning's Trainer; not used.
+            trainer: Lightning's Trainer.
             **kwargs: Its keyword arguments.
 
         Returns:
@@ -131,17 +135,22 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
 
         Raises:
             RankFailedError: If another rank failed first.
+            MisconfigurationException: If SLURM has started other ranks than these, or this host finds no way to rank 0.
 
         """
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        on_gpu = trainer is not None and isinstance(trainer.accelerator, CUDAAccelerator)
+        check_allocation(self.cluster_environment, self.num_processes, self.num_nodes, on_gpu)
         if membership.started_by_launcher:
             return self._call_as_member(function, *args, **kwargs)
         job = current_job()
-        if _run is not None and (not _run.gang.procs or _run.job_config is not (job and job.config)):
+        is_alone = _run is not None and not _run.gang.procs and self.num_nodes == 1
+        if _run is not None and (is_alone or _run.job_config is not (job and job.config)):
             finish()  # a rank alone, or an earlier job whose end went unnoticed
         if _run is None and self.cluster_environment.creates_processes_externally:
+            find_main_address(self.cluster_environment)
+            self._choose_interface()
             _share_threads(self.num_processes)
-            return function(*args, **kwargs)
+            return run_in_slurm(self.cluster_environment, not self._ends_together, trainer, function, *args, **kwargs)
         if _run is None:
             self._start(job)
         elif _run.num_processes != self.num_processes:
@@ -159,13 +168,12 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
         command, cwd = (list(_basic_subprocess_cmd()), None) if job is None else job.command()
         run = _Run(Gang([], [], None), job, self.num_processes)
         environment = self.cluster_environment
+        self._choose_interface()
         os.environ["MASTER_ADDR"] = environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
         os.environ["NODE_RANK"] = str(environment.node_rank())
         os.environ["LOCAL_RANK"] = str(environment.local_rank())
         os.environ["WORLD_SIZE"] = str(self.num_processes * self.num_nodes)
-        if self.num_nodes == 1:
-            _stay_on_loopback()
         _share_threads(self.num_processes)
 
         environments = []
@@ -180,6 +188,19 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
         run.gang.start()
         if job is not None:
             job.at_end(lambda failed: finish(failed=failed))
+
+    def _choose_interface(self) -> None:
+        """Tell gloo which interface leads to the other ranks: the host's own name may lead elsewhere, or nowhere."""
+        environment = self.cluster_environment
+        if self.num_nodes > 1 and type(environment) is LightningEnvironment and "MASTER_ADDR" not in os.environ:
+            raise MisconfigurationException(
+                f"num_nodes={self.num_nodes}, and nobody has said where rank 0 is. Set the environment variables"
+                " MASTER_ADDR (an address of rank 0's host) and MASTER_PORT on every host, alike, and NODE_RANK to 0"
+                f" on that host, and up to {self.num_nodes - 1} on the others."
+            )
+        name = facing(environment.main_address if self.num_nodes > 1 else "127.0.0.1")
+        if name:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
     def let_others_end(self) -> None:
         """Wait for the other ranks at the end, though this one has failed: they write down what was learned."""
@@ -286,15 +307,6 @@ def _share_threads(num_processes: int) -> None:
     num_threads = max(1, num_cores // num_processes)
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
-
-
-def _stay_on_loopback() -> None:
-    """Keep gloo off the network when all ranks are on this host: the host's own name may not even resolve."""
-    if os.environ["MASTER_ADDR"] not in ("127.0.0.1", "localhost") or not hasattr(socket, "if_nameindex"):
-        return
-    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    if names:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from rich.progress import track
 
 from squall.conf.bench import SuiteResult
-from squall.conf.suites.links import Link, loopback, shaped_pair, why_not
+from squall.conf.suites.links import Link, loopback, shaped_hosts, why_not
 from squall.conf.suites.ranks import ranks_on
 
 _CLAIMS = {"loopback": {"ddp": 1.15, "single": 1.9}, "1gbit": {"ddp": 1.5}}
@@ -42,7 +42,7 @@ def measure(
             if reason:
                 notes.append(f"The link {name} was left out: {reason}.")
                 continue
-            with shaped_pair(name) as link:
+            with shaped_hosts(name) as link:
                 seconds = _take_turns(link, net, batch_size, num_rounds, num_steps)
         timings[name] = seconds
         rows += _rows(name, seconds, batch_size)

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces joined by a shaped link.
+"""Hosts on one machine: network namespaces joined by shaped links.
 
 Needs root and ``iproute2``. ``tc``'s token bucket sets the rate; latency is the kernel's own.
 """
@@ -56,26 +56,35 @@ def _run(*command: str) -> None:
 
 
 @contextmanager
-def shaped_pair(rate: str) -> Iterator[Link]:
-    """Two hosts, joined by a link of ``rate`` in each direction.
+def shaped_hosts(rate: str, num_hosts: int = 2) -> Iterator[Link]:
+    """Hosts that are joined by links of ``rate`` in each direction: two by a wire, more by a switch.
 
     Args:
         rate: As ``tc`` writes it: ``"1gbit"``, ``"100mbit"``.
+        num_hosts: How many.
 
     Yields:
         The link. The namespaces are gone afterwards, whatever happened.
 
     Raises:
-        RuntimeError: If a namespace or the link can't be made.
+        RuntimeError: If a namespace or a link can't be made.
 
     """
     tag = f"sq{os.getpid()}"
-    hosts = [f"{tag}-{rank}" for rank in range(2)]
+    hosts = [f"{tag}-{rank}" for rank in range(num_hosts)]
+    switch = f"{tag}-switch"
     try:
-        for host in hosts:
+        for host in hosts if num_hosts == 2 else [*hosts, switch]:
             _run("ip", "netns", "add", host)
             _run("ip", "-n", host, "link", "set", "lo", "up")
-        _run("ip", "link", "add", "eth0", "netns", hosts[0], "type", "veth", "peer", "name", "eth0", "netns", hosts[1])
+        if num_hosts == 2:
+            _join(hosts[0], hosts[1], "eth0")
+        else:
+            _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+            _run("ip", "-n", switch, "link", "set", "bridge", "up")
+            for rank, host in enumerate(hosts):
+                _join(host, switch, f"port{rank}")
+                _run("ip", "-n", switch, "link", "set", f"port{rank}", "master", "bridge", "up")
         for rank, host in enumerate(hosts):
             _run("ip", "-n", host, "address", "add", f"10.77.0.{rank + 1}/24", "dev", "eth0")
             _run("ip", "-n", host, "link", "set", "eth0", "up")
@@ -86,9 +95,25 @@ def shaped_pair(rate: str) -> Iterator[Link]:
         yield Link(
             name=rate,
             prefixes=tuple(("ip", "netns", "exec", host) for host in hosts),
-            environment=({"GLOO_SOCKET_IFNAME": "eth0"},) * 2,
+            environment=({"GLOO_SOCKET_IFNAME": "eth0"},) * num_hosts,
             main_address="10.77.0.1",
         )
     finally:
-        for host in hosts:
+        for host in [*hosts, switch]:
             subprocess.run(["ip", "netns", "delete", host], capture_output=True)
+
+
+def _join(host: str, other: str, port: str) -> None:
+    _run("ip", "link", "add", "eth0", "netns", host, "type", "veth", "peer", "name", port, "netns", other)
+
+
+def set_link(link: Link, rank: int, state: str) -> None:
+    """Take one host's end of a link ``"down"``, or ``"up"`` again.
+
+    Args:
+        link: Of :func:`shaped_hosts`.
+        rank: Whose end.
+        state: Which.
+
+    """
+    _run("ip", "-n", link.prefixes[rank][3], "link", "set", "eth0", state)

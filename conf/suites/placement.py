@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import track
 
 from squall.conf.bench import SuiteResult
-from squall.conf.suites.links import Link, loopback, shaped_pair, why_not
+from squall.conf.suites.links import Link, loopback, shaped_hosts, why_not
 from squall.conf.suites.ranks import ranks_on
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def measure(
             if reason:
                 notes.append(f"The link {name} was left out: {reason}.")
                 continue
-            context = shaped_pair(name)
+            context = shaped_hosts(name)
         with context as link, ranks_on(link, net) as ranks:
             for batch_size in batch_sizes:
                 for _ in track(range(num_rounds), description=f"{name}, {batch_size} images"):

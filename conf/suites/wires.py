@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import track
 
 from squall.conf.bench import SuiteResult
-from squall.conf.suites.links import shaped_pair, why_not
+from squall.conf.suites.links import shaped_hosts, why_not
 from squall.conf.suites.programs import Order, programs, serve
 from squall.conf.suites.stragglers import steps_per_second
 from squall.conf.suites.training import make_classifier
@@ -60,7 +60,7 @@ def measure(
     if reason:
         return SuiteResult("Training over a slow wire", [], f"Not measured: {reason}.", failures=[reason])
     turns: dict[int, dict[str, list[Turn]]] = {size: {name: [] for name in alternatives} for size in batch_sizes}
-    with shaped_pair(rate) as link, programs("squall.conf.suites.wires", link) as ranks:
+    with shaped_hosts(rate) as link, programs("squall.conf.suites.wires", link) as ranks:
         port = 29500
         for number in track(range(num_rounds * len(batch_sizes) * len(alternatives)), description=f"over {rate}"):
             size = batch_sizes[number // len(alternatives) % len(batch_sizes)]

@@ -383,8 +383,10 @@ def _served(address: str, port: int) -> socket.socket:
 
 def main() -> None:
     """Serve over the socket that was inherited as the given file descriptor."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)  # a terminal's Ctrl-C is for the workers; they end what is here
+    # A terminal's Ctrl-C is for the workers, and so is what SLURM sends to all processes of a job when its time is up:
+    # they end what is here.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     Host(Buffered(sock)).serve()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
-import ipaddress
 import json
 import os
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from .addresses import resolve, served
 from .hosting import HostProcess, get_host
 from .wire import Header, connect
 
@@ -68,7 +68,7 @@ class Job:
         """The interface that the job uses: one host's ranks need none but loopback."""
         if self.num_nodes == 1:
             return "127.0.0.1"
-        return str(socket.getaddrinfo(self.main_address, None, type=socket.SOCK_STREAM)[0][4][0])
+        return resolve(self.main_address)
 
     @property
     def port(self) -> int:
@@ -78,13 +78,7 @@ class Job:
     @property
     def interface(self) -> str:
         """Where rank 0 listens. On many hosts their own name is a loopback address, which no other host could reach."""
-        resolved = self.address
-        named = self.main_address not in ("localhost", resolved)
-        if self.num_nodes > 1 and named and ipaddress.ip_address(resolved).is_loopback:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect(("192.0.2.1", 9))  # sends nothing; the system says which interface it would take
-                return str(probe.getsockname()[0])
-        return resolved
+        return self.address if self.num_nodes == 1 else served(self.main_address)
 
     @property
     def agreed(self) -> Address | None:

@@ -158,7 +158,6 @@ class Shards:
             try:
                 ours.close()
                 self._loop.close_all()  # or a peer whose other end is gone would not be noticed
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 assert self.spec is not None
                 serve(shard.index, shard.name, theirs, self.spec, parent, lambda name: self._part(name, shard.index))
             finally:
@@ -241,7 +240,6 @@ class Shards:
             try:
                 sock = connection.detach()
                 self._loop.close_all()
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 name = part_name(mailbox, self.run, self.node, group)
                 porter.serve(Blocking(sock), spec, group, name, served, parent)
             finally:

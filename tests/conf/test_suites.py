@@ -25,7 +25,8 @@ from squall.conf.suites import (
     wires,
 )
 from squall.conf.suites.columns import _ratio, measure
-from squall.conf.suites.links import shaped_pair, why_not
+from squall.conf.suites.links import shaped_hosts, why_not
+from tests.required import needs
 
 TINY = {"num_classes": 10, "image_size": 28, "in_channels": 1, "num_columns": 2, "width": 0.1}
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -51,9 +52,9 @@ def test_ratio_is_of_rounds_not_of_medians() -> None:
     assert _ratio(seconds, "ddp") == 2.0
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not() or "namespaces can be made")
+@needs("namespaces", why_not())
 def test_a_shaped_link_joins_two_hosts_and_is_gone_afterwards() -> None:
-    with shaped_pair("100mbit") as link:
+    with shaped_hosts("100mbit") as link:
         listener = "import socket; s = socket.create_server(('', 7777)); s.settimeout(10); s.accept(); print('met')"
         host = subprocess.Popen([*link.prefixes[0], sys.executable, "-c", listener], stdout=subprocess.PIPE, text=True)
         caller = f"""
@@ -212,7 +213,7 @@ def test_staleness_suite_refuses_what_cant_be_held_equal() -> None:
 
 
 @pytest.mark.asynchronous
-@pytest.mark.skipif(bool(why_not()), reason=why_not() or "namespaces can be made")
+@needs("namespaces", why_not())
 def test_links_suite_measures_both_speed_and_bytes() -> None:
     result = wires.measure(
         TINY, rate="200mbit", batch_sizes=[4], num_rounds=1, num_steps=20, claims={"ddp": {4: 1e9}},

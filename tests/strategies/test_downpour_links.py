@@ -15,13 +15,14 @@ from typing import Any
 import psutil
 import pytest
 
-from squall.conf.suites.links import Link, shaped_pair, why_not
+from squall.conf.suites.links import Link, set_link, shaped_hosts, why_not
+from tests.required import needs
 
 from .test_downpour import LR, START
 
 pytestmark = [
     pytest.mark.asynchronous,
-    pytest.mark.skipif(bool(why_not()), reason=why_not() or "namespaces can be made"),
+    needs("namespaces", why_not()),
 ]
 SECRET = "of a wire that comes and goes"
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def two_hosts(folder: Path, pause: int, num_rows: int, **options: Any) -> Iterator[tuple[Link, list[subprocess.Popen]]]:
     """A rank on each of two hosts, of which the second waits at a step; nothing of them is left."""
     before = set(os.listdir("/dev/shm"))
-    with shaped_pair("1gbit") as link:
+    with shaped_hosts("1gbit") as link:
         started = []
         for rank, prefix in enumerate(link.prefixes):
             environment = {
@@ -71,11 +72,6 @@ def _wait_for(path: Path, seconds: float = 90.0) -> None:
         time.sleep(0.02)
 
 
-def _set(link: Link, state: str) -> None:
-    host = link.prefixes[1][3]
-    subprocess.run(["ip", "-n", host, "link", "set", "eth0", state], check=True)
-
-
 def _ends(folder: Path, processes: list[subprocess.Popen]) -> list[dict[str, Any]]:
     for process in processes:
         assert process.wait(120) == 0
@@ -88,10 +84,10 @@ def test_a_wire_is_taken_down_and_up(tmp_path: Path, leases: int) -> None:
     lease = 1.5
     with two_hosts(tmp_path, 10, 400, lease_timeout=lease) as (link, processes):
         _wait_for(tmp_path / "reached-1")
-        _set(link, "down")
+        set_link(link, 1, "down")
         (tmp_path / "go on").touch()
         time.sleep(leases * lease)  # this is the fault, and not a wait for something to happen
-        _set(link, "up")
+        set_link(link, 1, "up")
         ends = _ends(tmp_path, processes)
     report = ends[0]["report"]
     assert report["num_samples"] == 400
