@@ -89,6 +89,7 @@ class PlacedStrategy(SplitSteps, MeshStrategy):
         """What ``derive`` makes of the module's example input, if it has one that its forward can take."""
         example = module.example_input_array
         trainer = module._trainer
+        assert trainer is not None
         chooses = self._is_measured and self.num_columns > 1 and trainer.state.fn == TrainerFn.FITTING
         num_examples = batch_size_of(trainer) if chooses else None
         if chooses and (example is None or num_examples is None):
@@ -120,6 +121,7 @@ class PlacedStrategy(SplitSteps, MeshStrategy):
     def _choose(
         self, derive: Callable[[Mapping[str, str]], Layout], flops: Mapping[str, int], num_examples: int
     ) -> Layout:
+        assert self.lightning_module is not None
         dtype = next((p.dtype for p in self.lightning_module.parameters() if p.is_floating_point()), torch.float32)
         speeds = measure_speeds(self._columns, self.root_device, dtype)
         layout = choose_whole(derive, flops, num_examples, speeds, dtype.itemsize)

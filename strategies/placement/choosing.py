@@ -49,7 +49,8 @@ def flops_per_example(module: nn.Module, example_input: Any) -> dict[str, int]:
         {'0': 1728, '2': 640}
 
     """
-    dry, found = without_values(module), {}
+    dry = without_values(module)
+    found: dict[str, int] = {}
 
     def count(name: str, layer: nn.Module, value: Tensor, output: Tensor) -> None:
         weight = layer.weight
