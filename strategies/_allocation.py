@@ -84,6 +84,12 @@ def dead_nodes() -> list[str]:
     return found
 
 
+def kill_wait() -> str:
+    """The seconds that SLURM leaves a job between SIGTERM and SIGKILL; its own default if it doesn't say."""
+    found = re.search(r"KillWait\s*=\s*(\d+)", _scontrol("show", "config") or "")
+    return found[1] if found else "30"
+
+
 def queue_again() -> bool:
     """Ask SLURM to put this job back into its queue; returns whether it will."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")

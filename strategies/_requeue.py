@@ -25,7 +25,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ._allocation import dead_nodes, queue_again
+from ._allocation import dead_nodes, kill_wait, queue_again
+from .consistency.hosting import KILL_WAIT
 
 _PREFIX = "hpc_ckpt_"  # where Lightning looks under SLURM, if it is told of no checkpoint
 
@@ -180,6 +181,8 @@ def run_in_slurm(
         return function(*args, **kwargs)
     assert isinstance(environment, SLURMEnvironment)
     assert trainer is not None
+    if leads_alone:
+        os.environ.setdefault(KILL_WAIT, kill_wait())
     requeue = Requeue(environment.requeue_signal or signal.SIGUSR1, leads_alone)
     with _signals_kept():
         requeue.listen(requeue._requeue_signal)

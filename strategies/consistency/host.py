@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import selectors
@@ -25,6 +26,7 @@ import torch  # noqa: F401  (shards are forked with it)
 
 from .coordinator import RunOptions
 from .events import unpack
+from .hosting import KILL_WAIT
 from .outpost import Outpost, check_carry
 from .requests import check_request
 from .run import Run
@@ -35,6 +37,7 @@ _STOPPED_SECONDS = 2.0  # between two looks at the clock, of which there are two
 _ORPHAN_SECONDS = 120.0  # that a run may go on after the process that began it is gone
 _SILENT_SECONDS = 10.0  # that a connection may take to show the token and say something
 _CONNECT_SECONDS = 30.0
+_PART_OF_WAIT = 0.6  # of the time between SLURM's SIGTERM and its SIGKILL, after which nothing is attached to any more
 
 
 class _Parent:
@@ -74,6 +77,7 @@ class Host:
         self._waiting: list[tuple[Buffered, Header, bytes]] = []  # workers that are ahead of the leader
         self._deadlines: dict[Buffered, float] = {}  # of those that have not shown the token
         self._orphaned = 0.0
+        self._killed_at = math.inf  # soon after, SLURM kills all processes of the job at once
         self._record = ""  # the file that tells workers where to find this process
         self._visitor = _Visitor(self)
         self.watch(parent, _Parent(self))
@@ -110,6 +114,10 @@ class Host:
 
     # ------------------------------------------------------------------ the loop
 
+    def expect_kill(self, seconds: float) -> None:
+        """SLURM has said that the job is over; whatever it still has to save, it has so long for."""
+        self._killed_at = min(self._killed_at, time.monotonic() + seconds)
+
     def serve(self) -> None:
         """Until the process that started this one is gone, and its run has come to its end."""
         before = time.monotonic()
@@ -135,6 +143,8 @@ class Host:
             for part in (self._run, self._outpost):
                 if part is not None:
                     part.look_after(now)
+            if now > self._killed_at and self._shards is not None:
+                self._shards.unlink()  # nobody will be left to do so
         for part in (self._run, self._outpost):
             if part is not None:
                 part.end()
@@ -387,8 +397,11 @@ def main() -> None:
     # they end what is here.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    sock = socket.socket(fileno=int(sys.argv[1]))
-    Host(Buffered(sock)).serve()
+    host = Host(Buffered(socket.socket(fileno=int(sys.argv[1]))))
+    if KILL_WAIT in os.environ:
+        seconds = _PART_OF_WAIT * float(os.environ[KILL_WAIT])
+        signal.signal(signal.SIGTERM, lambda *_: host.expect_kill(seconds))
+    host.serve()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from .memory import Segment, host_prefix
 from .wire import Blocking, Header
 
+KILL_WAIT = "SQUALL_KILL_WAIT"  # seconds that SLURM leaves a job between SIGTERM and SIGKILL
 _private: weakref.WeakSet[Blocking] = weakref.WeakSet()
 
 

@@ -286,6 +286,10 @@ class Shards:
                 os.waitpid(pid, 0)
         self.processes.clear()
         self._porters.clear()
+        self.unlink()
+
+    def unlink(self) -> None:
+        """Let memory go with the last process that has it."""
         names = {*self._memories}
         with contextlib.suppress(OSError):  # a worker may be killed before it can tell the name of its mailbox
             names |= {name for name in os.listdir("/dev/shm") if name.startswith(f"{self.prefix}-")}

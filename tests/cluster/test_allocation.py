@@ -18,6 +18,7 @@ COLUMNS = "column_parallel"
 
 
 @pytest.mark.asynchronous
+@pytest.mark.timeout(600)
 @needs("slurm", why_not())
 def test_what_does_not_fit_ends_at_once(slurm: Slurm, tmp_path: Path) -> None:
     """Jobs of several lines each, since a start takes seconds; only the first one is of Lightning's own finding."""

@@ -15,7 +15,7 @@ from tests.cluster.program import EPOCHS, NUM_SAMPLES
 from tests.cluster.slurm import Slurm, eventually, why_not
 from tests.required import needs
 
-pytestmark = [pytest.mark.asynchronous, needs("slurm", why_not())]
+pytestmark = [pytest.mark.asynchronous, pytest.mark.timeout(600), needs("slurm", why_not())]
 
 
 def test_every_strategy_runs_under_srun(undisturbed: Mapping[str, Any]) -> None:

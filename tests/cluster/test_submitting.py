@@ -12,7 +12,7 @@ from tests.cluster.jobs import said
 from tests.cluster.slurm import ROOT, Slurm, eventually, why_not
 from tests.required import needs
 
-pytestmark = [pytest.mark.asynchronous, needs("slurm", why_not())]
+pytestmark = [pytest.mark.asynchronous, pytest.mark.timeout(600), needs("slurm", why_not())]
 # So little that starting is all that takes time.
 SMALL = (
     *("model=lenet5", "trainer.max_epochs=1", "callbacks=none", "logger=none", "+trainer.limit_train_batches=3"),
