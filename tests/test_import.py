@@ -13,7 +13,9 @@ import pytest
 PROGRAM = """
 import importlib.machinery, json, os, sys, threading, time
 
+begun = time.process_time()
 import lightning.pytorch, psutil, torch
+lightning_seconds = time.process_time() - begun
 
 translating = 0.0
 translate = importlib.machinery.SourceFileLoader.source_to_code
@@ -47,7 +49,8 @@ before, modules, begun = owned(), set(sys.modules), time.process_time()
 import squall
 seconds = time.process_time() - begun - translating
 packages = sorted({name.partition(".")[0] for name in set(sys.modules) - modules})
-print(json.dumps({"before": before, "after": owned(), "seconds": seconds, "packages": packages}))
+times = {"seconds": seconds, "lightning_seconds": lightning_seconds}
+print(json.dumps({"before": before, "after": owned(), "packages": packages, **times}))
 """
 
 
@@ -63,7 +66,8 @@ def test_nothing_is_started(said: dict) -> None:
 
 
 def test_it_takes_little_time(said: dict) -> None:
-    assert said["seconds"] < 0.3
+    """0.3 s, where Lightning's import takes its usual 4 to 5; both take longer on a slow or busy machine."""
+    assert said["seconds"] < max(0.3, 0.06 * said["lightning_seconds"])
 
 
 def test_what_only_commands_need_is_left_alone(said: dict) -> None:
