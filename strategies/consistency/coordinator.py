@@ -93,7 +93,7 @@ class Coordinator:
         self.commands.expect(num_shards)
         self._send = send
         self._by_peer: dict[Peer, Worker] = {}
-        self._mates = Mates(self._admit, self._bury)
+        self._mates = Mates(self._admit, self._refuse, self._bury)
         self._generations: dict[int, int] = {}
         self._parked: list[_Parked] = []
         self._meetings = Meetings(self._answer)
@@ -127,7 +127,7 @@ class Coordinator:
         for worker in self.live:
             if now - worker.last_seen > self.options.lease_timeout:
                 self._bury(worker)
-        self._mates.tick(now, self.options.lease_timeout)
+        self._mates.tick(now, self.options.lease_timeout, self.options.join_timeout)
         if self._first_hello is not None and now - self._first_hello > self.options.join_timeout:
             self._waits_for_all = False
         self._progress(now)
@@ -278,6 +278,12 @@ class Coordinator:
     def _admit(self, peer: Peer, header: Header, worker: Worker) -> None:
         """Tell a rank where the others of its worker meet."""
         self._send(peer, {"re": header.get("id"), **self._welcome(worker), "rendezvous": worker.rendezvous}, b"")
+
+    def _refuse(self, peer: Peer, header: Header) -> None:
+        message = (
+            f"The first rank of replica {header['rank']} has not come, or is gone, so this one has nobody to follow."
+        )
+        self._send(peer, {"re": header.get("id"), "failed": message}, b"")
 
     def _on_alive(self, worker: Worker, header: Header, payload: bytes) -> bool:
         return True

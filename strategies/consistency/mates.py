@@ -23,12 +23,14 @@ class Mates:
 
     Args:
         admit: Answers the hello of one, once the rank that speaks for its worker is there.
+        refuse: Answers the hello of one that has waited for that in vain.
         bury: Gives a worker up.
 
     """
 
-    def __init__(self, admit: Admit, bury: Callable[[Worker], None]) -> None:
+    def __init__(self, admit: Admit, refuse: Callable[[Peer, Header], None], bury: Callable[[Worker], None]) -> None:
         self._admit = admit
+        self._refuse = refuse
         self._bury = bury
         self._mates: dict[Peer, _Mate] = {}
         self._early: list[tuple[Peer, Header, float]] = []  # whose worker is not there yet
@@ -77,8 +79,12 @@ class Mates:
         if mate is not None:
             self._bury(mate.worker)
 
-    def tick(self, now: float, lease_timeout: float) -> None:
-        """Look for those who have not been heard of for too long."""
+    def tick(self, now: float, lease_timeout: float, join_timeout: float) -> None:
+        """Look for those who have not been heard of, or who have waited, for too long."""
+        late = [item for item in self._early if now - item[2] > join_timeout]
+        self._early = [item for item in self._early if item not in late]
+        for peer, header, _ in late:
+            self._refuse(peer, header)
         for mate in list(self._mates.values()):
             if now - mate.last_seen > lease_timeout:
                 self._bury(mate.worker)

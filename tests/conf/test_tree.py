@@ -122,6 +122,8 @@ def test_trainers(tree, name):
         (["strategy=hybrid_parallel"], 2),
         (["strategy.num_columns=3"], 3),
         (["experiment=alexnet_two_replicas"], 4),
+        (["strategy=downpour"], 2),
+        (["strategy=downpour", "strategy.num_columns=2"], 4),
     ],
 )
 def test_number_of_processes(tree, overrides, num):

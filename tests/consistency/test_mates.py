@@ -40,6 +40,17 @@ def test_the_others_are_told_where_to_meet_once_the_first_is_there() -> None:
     assert run.report["num_live"] == 2, "they are no workers of their own"
 
 
+def test_who_waits_for_the_first_in_vain_is_told_so() -> None:
+    run = ScriptedRun(2, options={"join_timeout": 5.0})
+    early = mate(run, 1, 1, "early")
+    run.coordinator.tick(4.0)
+    assert early.waits
+    run.coordinator.tick(6.0)
+    assert "replica 1 has not come" in early["failed"]
+    speaker(run, 1, 7001)
+    assert mate(run, 1, 1, "again")["rendezvous"] == 7001
+
+
 @pytest.mark.parametrize("how", ["gone", "silent", "replaced"])
 def test_one_of_them_lost_is_the_worker_lost(how: str) -> None:
     run = ScriptedRun(2, options={"lease_timeout": 10.0})
