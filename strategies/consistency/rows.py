@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .packing import flat
 
@@ -24,15 +24,15 @@ class Rows:
             a whole; dead elements are 0, and shards don't know of them.
 
     Example:
-        >>> weight = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> rows = Rows([weight], {0: weight > 2})
-        >>> rows.of(0, weight.detach()), rows.whole(0, torch.tensor([5.0, 6.0]))
+        >>> rows.of(0, weight), rows.whole(0, torch.tensor([5.0, 6.0]))
         (tensor([3., 4.]), tensor([[0., 0.],
                 [5., 6.]]))
 
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], live: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(self, parameters: Sequence[Tensor], live: Mapping[int, Tensor] | None = None) -> None:
         self.parameters = list(parameters)
         self._places = {index: mask.reshape(-1).nonzero().squeeze(1) for index, mask in (live or {}).items()}
 
