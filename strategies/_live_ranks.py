@@ -339,7 +339,7 @@ class LiveRanks(DDPStrategy):
 
         """
         tensors = self._state()
-        digests = self._meet("digest", _digest(tensors.values()))
+        digests = self._meet("digest", digest(tensors.values()))
         if len(set(digests.values())) > 1:  # seeded alike, as a rule
             values = {name: tensor.detach() for name, tensor in tensors.items()} if self.is_leader else None
             self._take_state(self._meet("state", values).get(LEADER))
@@ -374,11 +374,12 @@ def _reduced(stacked: Tensor, operation: str) -> Tensor:
     raise MisconfigurationException(f"reduce_op={operation!r} is not known; use mean, sum, max, min or product.")
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: Iterable[Tensor]) -> str:
+    """What equal tensors have in common."""
+    found = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 _DEPTH = 7  # of callers: an epoch's end and a step reduce in the same lines of Lightning's

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._masked import MaskedStrategy
 from ._mesh import MeshStrategy
 from ._placing import INTERRUPTED, batch_size_of, log_graph, refuse_interrupted, run_eagerly
 from ._split_steps import SplitSteps
@@ -29,7 +30,7 @@ from .placement.optimizers import gather_optimizer_state, take_optimizer_state, 
 from .placement.speeds import measure_speeds
 
 
-class PlacedStrategy(SplitSteps, MeshStrategy):
+class PlacedStrategy(SplitSteps, MaskedStrategy, MeshStrategy):
     """Ranks that hold one module between them, and say what crosses.
 
     Args:
@@ -37,7 +38,7 @@ class PlacedStrategy(SplitSteps, MeshStrategy):
         data_parallel_size: Number of replicas.
         batches: ``"auto"`` or ``"broadcast"``.
         layout: Where layers are to live elsewhere than they would, or ``"measured"``.
-        **options: Passed on to Lightning.
+        **options: ``sparsity`` as of ``MaskedStrategy``; the rest is passed on to Lightning.
 
     """
 
@@ -82,6 +83,12 @@ class PlacedStrategy(SplitSteps, MeshStrategy):
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
+        self._mask(trainer)
+
+    @property
+    def _num_counted(self) -> int:
+        """What the ranks of a replica have in common counts once."""
+        return self.data_parallel_size
 
     def _derive(
         self, module: LightningModule, derive: Callable[[LightningModule, Any, Mapping[str, str]], Layout]
@@ -143,6 +150,7 @@ class PlacedStrategy(SplitSteps, MeshStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict(take_optimizer_state(optimizer, state))
             _optimizer_to_device(optimizer, self.root_device)
+        self._apply_masks()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The state dict that one device would hold."""

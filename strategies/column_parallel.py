@@ -24,6 +24,7 @@ from .placement import checkpoint as distributed_checkpoint
 from .placement.batches import BatchSource
 from .placement.layout import Layout, derive_layout, plan_layout
 from .placement.module import place
+from .sparsity import SparseAlgorithm
 
 
 class ColumnParallelStrategy(PlacedStrategy):
@@ -45,7 +46,8 @@ class ColumnParallelStrategy(PlacedStrategy):
             :class:`~squall.placement.Layout`, or the path of a YAML file with such lines. ``"measured"`` keeps those
             layers whole that take longer on the link, as it is measured, than splitting them saves, and says why; it
             needs ``example_input_array`` and a batch size.
-        sparsity: Reserved for sparse columns; only ``None`` is accepted.
+        sparsity: Which weights live: an algorithm, such as :class:`~squall.sparsity.SparseMomentum`, or ``None`` for
+            all. Masks are decided on by whole layers, as one device decides, and every rank computes with its part.
         batches: ``"auto"`` lets every column load its batches, kept equal by seeds and checked; ``"broadcast"`` lets
             the first column load and send, for data that seeds don't govern.
         save_distributed_checkpoint: Write a directory in torch's distributed checkpoint format, each rank its own part,
@@ -61,8 +63,10 @@ class ColumnParallelStrategy(PlacedStrategy):
         precision_plugin: Numerical precision.
 
     Raises:
-        MisconfigurationException: Before the first batch, if ``num_columns`` does not divide the devices, or
-            ``layout`` names no layer.
+        MisconfigurationException: Before the first batch, if ``num_columns`` does not divide the devices, ``layout``
+            names no layer, or ``sparsity`` is asked for with distributed checkpoints or an optimizer that doesn't treat
+            every weight alone.
+        ValueError: Before the first batch, if ``sparsity`` is Deep Compression, or ``dense`` names no layer.
 
     What fails: a rank that raises or dies ends the run on all ranks, with one message. ``reduce`` counts what all
     columns of a replica hold in common once, so ``self.log(..., sync_dist=True, reduce_fx="sum")`` is a sum over
@@ -85,7 +89,7 @@ class ColumnParallelStrategy(PlacedStrategy):
         num_columns: int = 2,
         data_parallel_size: int = 1,
         layout: str | Path | Mapping[str, str] | Layout = "auto",
-        sparsity: None = None,
+        sparsity: SparseAlgorithm | None = None,
         *,
         batches: BatchSource = "auto",
         save_distributed_checkpoint: bool = False,
@@ -103,6 +107,7 @@ class ColumnParallelStrategy(PlacedStrategy):
             data_parallel_size,
             batches,
             layout,
+            sparsity=sparsity,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,
@@ -112,8 +117,10 @@ class ColumnParallelStrategy(PlacedStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        if sparsity is not None:
-            raise MisconfigurationException(f"sparsity={sparsity!r}: columns hold dense weights. Leave sparsity=None.")
+        if sparsity is not None and save_distributed_checkpoint:
+            raise MisconfigurationException(
+                "save_distributed_checkpoint=True has no place for masks. Leave it out, or leave sparsity=None."
+            )
         self._distributed_checkpoint = save_distributed_checkpoint
 
     def _place(self, module: LightningModule) -> Layout:

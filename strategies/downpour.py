@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 
 from ._arguments import check_flag, check_whole
 from ._asynchronous import parameters_of
+from ._live_ranks import digest
+from ._masked import MaskedStrategy
 from ._replica_columns import ReplicasInColumns
 from .consistency import snapshot as snapshots
 from .consistency.client import RevokedError
@@ -30,14 +32,16 @@ from .consistency.optimizers import carry, carry_groups, try_state
 from .consistency.packing import Sums
 from .consistency.plan import ParameterInfo, Plan, StateEntry, choose_num_shards, make_plan
 from .consistency.replica import Replica
+from .consistency.rows import Rows
 from .consistency.shard import ShardSpec
 from .consistency.staleness import MEAN_SQUARE, StalenessRule
 from .consistency.updates import SliceMemory
 from .placement.optimizers import is_elementwise
 from .placement.tensor import no_dispatch
+from .sparsity import Static
 
 
-class DownpourStrategy(ReplicasInColumns):
+class DownpourStrategy(MaskedStrategy, ReplicasInColumns):
     """Asynchronous data parallelism around sharded parameter servers (Dean et al. 2012, section 4.1).
 
     Every rank is a worker that trains at its own pace on batches from one queue: it computes a gradient, pushes it,
@@ -74,7 +78,9 @@ class DownpourStrategy(ReplicasInColumns):
             Such a replica computes one batch at a time, and its push is one update. Each rank writes and reads its own
             part of the parameters. If one of its ranks is lost, the replica is. On CPUs of one host, with
             ``codec="fp32"``, and without ``schedule``.
-        sparsity: Reserved for sparse weights; only ``None`` is accepted.
+        sparsity: Which weights live: :class:`~squall.sparsity.Static`, a mask that stays, or ``None`` for all. Shards
+            have live weights alone, and so have pushes and fetches. A checkpoint of another sparse training goes on
+            with its masks.
         overlap: Compute the next gradient while the last one is carried and applied: nobody waits for a shard or a
             wire, and every gradient is an update staler.
         lease_timeout: Seconds without a sign of life after which a worker counts as lost. Workers give such signs
@@ -123,7 +129,7 @@ class DownpourStrategy(ReplicasInColumns):
         codec: str = "fp32",
         warm_start_steps: int = 0,
         num_columns: int = 1,
-        sparsity: None = None,
+        sparsity: Static | None = None,
         *,
         overlap: bool = False,
         lease_timeout: float = 30.0,
@@ -140,6 +146,7 @@ class DownpourStrategy(ReplicasInColumns):
             warm_start_steps,
             lease_timeout,
             join_timeout,
+            sparsity=sparsity,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -163,8 +170,16 @@ class DownpourStrategy(ReplicasInColumns):
                 f"num_columns={num_columns} with a schedule: only whole replicas repeat one so far. Set schedule=None,"
                 " or num_columns=1."
             )
-        if sparsity is not None:
-            raise MisconfigurationException(f"sparsity={sparsity!r}: weights are dense so far. Leave sparsity=None.")
+        if num_columns != 1 and sparsity is not None:
+            raise MisconfigurationException(
+                f"num_columns={num_columns!r} with sparsity={sparsity!r}: masks are of whole replicas so far. Leave one"
+                " of them out, or use ColumnParallelStrategy(sparsity=...)."
+            )
+        if sparsity is not None and not isinstance(sparsity, Static):
+            raise MisconfigurationException(
+                f"sparsity={sparsity!r}: workers that don't wait for each other can't move masks so far. Use"
+                " squall.sparsity.Static(density=...), which goes on with the masks of a checkpoint, or SparseStrategy."
+            )
         check_flag("overlap", overlap)
         _check_codec(codec)
         self.push_every = push_every
@@ -185,6 +200,7 @@ class DownpourStrategy(ReplicasInColumns):
             self._schedule, self._num_scheduled = pack(events), num_ranks(events)
         self._replica: Replica | None = None
         self._plan: Plan | None = None
+        self._rows = Rows([])
         self._accrued = Sums(0)
         self._begins_epoch = True  # until this worker's first step in it
         self._copied: dict[int, snapshots.Copied] = {}  # what was read of other hosts' shards
@@ -222,15 +238,21 @@ class DownpourStrategy(ReplicasInColumns):
     def _make_plan(self) -> Plan:
         members = parameters_of(self.optimizers)
         self._parameters = [parameter for parameter, _, _ in members]
+        self._rows = Rows(self._parameters, self._live)
         elementwise = [is_elementwise(optimizer) for optimizer in self.optimizers]
         tried: dict[Any, tuple[StateEntry, ...]] = {}
         infos = []
-        for parameter, index, group in members:
+        for number, (parameter, index, group) in enumerate(members):
             optimizer = self.optimizers[index]
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise MisconfigurationException(
                     "LBFGS asks for the loss several times a step, which shards can't answer. Use another optimizer,"
                     ' or Trainer(strategy="ddp").'
+                )
+            if not elementwise[index] and not self._rows.is_whole(number):
+                raise MisconfigurationException(
+                    f"sparsity={self.sparsity}: {type(optimizer).__name__} doesn't treat every weight alone, and shards"
+                    " have live ones alone. Use another optimizer, or SparseStrategy."
                 )
             shape = (5,) if elementwise[index] else tuple(parameter.shape)
             key = (index, group, parameter.dtype, shape)
@@ -239,14 +261,26 @@ class DownpourStrategy(ReplicasInColumns):
                 if self.rule.compensates:
                     entries.append(StateEntry(MEAN_SQUARE, "like", (), parameter.dtype))
                 tried[key] = tuple(entries)
-            infos.append(ParameterInfo(tuple(parameter.shape), parameter.dtype, index, group, tried[key]))
+            infos.append(ParameterInfo(self._rows.shape(number), parameter.dtype, index, group, tried[key]))
         num_elements = sum(info.num_elements for info in infos)
         num_shards = choose_num_shards(self.num_shards, num_elements, self.num_nodes)
         return make_plan(infos, elementwise, num_shards, _code_size(self.codec), self.num_nodes)
 
+    @property
+    def _live(self) -> dict[int, Tensor]:
+        """Where masks let live, by number of a parameter."""
+        if self._training is None:
+            return {}
+        masks = {self._training.parameters[name]: mask for name, mask in self.masks.items()}
+        return {index: masks[parameter] for index, parameter in enumerate(self._parameters) if parameter in masks}
+
+    def _shared_seed(self, seed: int) -> int:
+        """The leader's, of which a worker hears that comes late, too."""
+        return seed if self.sparsity is not None and self.sparsity.seed is not None else self._seed
+
     def _digest_of_layout(self) -> str:
         assert self._plan is not None
-        return self._plan.digest
+        return f"{self._plan.digest} {digest(self._live.values())}"
 
     def _lay_out(self) -> None:
         """Hand the weights to the shards of this host; the leader keeps those of the others, should one be lost."""
@@ -258,7 +292,7 @@ class DownpourStrategy(ReplicasInColumns):
         first = 0 if self.is_leader else mine.start
         names = host.request({"op": "memory", "num_bytes": sizes, "first": first, "num_served": len(mine)})["names"]
         memories = [SliceMemory(Segment(name), slice_) for name, slice_ in zip(names, slices, strict=True)]
-        snapshots.fill(memories, self._parameters, self.optimizers)
+        snapshots.fill(memories, self._rows, self.optimizers)
         spec = ShardSpec(
             self._plan,
             tuple(carry(optimizer) for optimizer in self.optimizers),
@@ -276,7 +310,7 @@ class DownpourStrategy(ReplicasInColumns):
             self._replica = Replica(
                 self.client, self._plan, self._held or self._parameters, self._run_name,
                 3 if self.rule.compensates else 2, self.codec, self.node_rank, 8 * self._lease_timeout, part,
-                self._parameters,
+                self._parameters, self._live,
             )  # fmt: skip
             self._accrued = Sums(len(self._parameters))
             for optimizer in self.optimizers:
@@ -436,6 +470,7 @@ class DownpourStrategy(ReplicasInColumns):
                 shot = snapshots.take(self.client, self._plan, self._attach, with_state)
                 if with_state:
                     shot = replace(shot, owed=self.replica.owed())
+                shot = self._rows.expand(shot)
                 break
             except HostLostError:
                 self.replica.join()

@@ -22,7 +22,9 @@ from torch.nn.parallel.distributed import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import _zero
+from ._masked import MaskedStrategy
 from ._placing import INTERRUPTED, batch_size_of, log_graph, num_images, refuse_interrupted, run_eagerly
+from .consistency.hooks import CodecHookState, codec_hook
 from .launching import DDPStrategy
 from .placement import checkpoint as distributed_checkpoint
 from .placement.columns import Crossing
@@ -43,11 +45,14 @@ from .placement.optimizers import gather_optimizer_state, take_optimizer_state, 
 from .placement.partition import Partition
 from .placement.speeds import Speeds, measure_speeds
 from .placement.tensor import ColumnParameter
+from .sparsity import SparseAlgorithm
+
+_CODEC = "codec"  # of a checkpoint
 
 _NUM_BUCKETS = 8  # of gradients that are averaged
 
 
-class HybridParallelStrategy(DDPStrategy):
+class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
     """Replicate the convolutions of a stock LightningModule, and split its linear layers by outputs.
 
     "One weird trick for parallelizing convolutional neural networks" (Krizhevsky 2014): convolutions have few weights
@@ -72,6 +77,10 @@ class HybridParallelStrategy(DDPStrategy):
         lr_rule: ``"none"`` takes learning rates as they are. ``"linear"`` and ``"sqrt"`` take them for those of one
             rank's batch: what is updated by the batches of K ranks at once has K or sqrt(K) times the rate (section 5);
             so do convolutions always, and linear layers unless they are updated after every pass.
+        codec: How the gradients of what is replicated travel: ``"fp32"`` (as they are), ``"bf16"``, ``"int8"``,
+            ``"1bit"``, ``"topk"``, as of :func:`squall.consistency.get_codec`. DeepSpeed knows no codes.
+        sparsity: Which weights live: an algorithm, such as :class:`~squall.sparsity.SparseMomentum`, or ``None`` for
+            all. Masks are decided on by whole layers. DeepSpeed and ``fc_update="pass"`` know none.
         layout: ``"auto"``, or what differs from it: ``{linear layer or pattern: "columns" | "whole"}``, a
             :class:`~squall.placement.Layout`, or the path of a YAML file with such lines. A linear layer is in columns
             as long as these send less than its gradients, ``B (m + n) < 2 m n``; beyond, at the batch size that the
@@ -81,8 +90,10 @@ class HybridParallelStrategy(DDPStrategy):
 
     Raises:
         MisconfigurationException: Before the first batch, if an argument is none of these, the module has no linear
-            layer that can be split or nothing else to train, or the Trainer does something that ``fc_update="pass"``
-            can't be done with.
+            layer that can be split or nothing else to train, the Trainer does something that ``fc_update="pass"``
+            can't be done with, or ``zero_stage`` 2 or 3 is asked for with ``codec`` or ``sparsity``.
+        ValueError: ``codec`` is none; and before the first batch, if ``sparsity`` is Deep Compression, or ``dense``
+            names no layer.
 
     What fails: a rank that raises or dies ends the run on all ranks, with one message. Ranks must run the same linear
     layers in the same order; where they don't, all of them raise. Validation and test outside of ``fit`` run the whole
@@ -109,11 +120,13 @@ class HybridParallelStrategy(DDPStrategy):
         *,
         fc_update: Literal["step", "pass"] = "step",
         lr_rule: LearningRateRule = "none",
+        codec: str = "fp32",
+        sparsity: SparseAlgorithm | None = None,
         layout: str | Path | Mapping[str, str] | Layout = "auto",
         deepspeed_config: Mapping[str, Any] | str | Path | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(sparsity=sparsity, **options)
         check_scheme(scheme)
         check_learning_rate_rule(lr_rule)
         if zero_stage not in (None, 0, 1, 2, 3) or isinstance(zero_stage, bool):
@@ -125,12 +138,24 @@ class HybridParallelStrategy(DDPStrategy):
                 f"fc_update='pass' with scheme={scheme!r}: only passes of equal parts of every rank's examples can be "
                 "updated by. Use scheme='c', or fc_update='step'."
             )
+        if fc_update == "pass" and sparsity is not None:
+            raise MisconfigurationException(
+                "fc_update='pass' with sparsity: masks move by the steps of whole batches. Use fc_update='step', or "
+                "sparsity=None."
+            )
         self.scheme: Scheme = scheme
         self.zero_stage = zero_stage
         self.fc_update = fc_update
         self.lr_rule: LearningRateRule = lr_rule
         self.layout: Layout | None = None
         self._overrides = dict(read_layout(layout))
+        self.codec = codec
+        self._codes = None if codec == "fp32" else CodecHookState(codec)
+        if self._codes is not None and options.get("ddp_comm_hook") is not None:
+            raise MisconfigurationException(
+                f"codec={codec!r} and ddp_comm_hook are two ways to send gradients. Leave one of them out."
+            )
+        self._owed: Mapping[str, Any] | None = None  # of a checkpoint: what codes had lost
         self._deepspeed_config = _zero.read_config(deepspeed_config, zero_stage)
         self._engine: _zero.ZeroEngine | None = None
         self._columns = ExampleColumns(None, 0, 1, scheme)
@@ -230,7 +255,9 @@ class HybridParallelStrategy(DDPStrategy):
         if self.zero_stage is None or self.world_size == 1:
             self._average_by_ddp()
             return
-        reason = _zero.reason_against(module, trainer, self.optimizers, self.fc_update, self.precision_plugin)
+        reason = self._reason_against_masks_and_codes() or _zero.reason_against(
+            module, trainer, self.optimizers, self.fc_update, self.precision_plugin
+        )
         if reason and self.zero_stage >= 2:
             raise MisconfigurationException(
                 f"zero_stage={self.zero_stage} is not possible: {reason}. Use zero_stage=None, which is torch's DDP."
@@ -246,8 +273,13 @@ class HybridParallelStrategy(DDPStrategy):
         self._engine = _zero.ZeroEngine(module, self.optimizers[0], self._deepspeed_config, self.root_device)
         self.model = self._engine.engine
 
+    def _reason_against_masks_and_codes(self) -> str:
+        if self.sparsity is not None:
+            return "sparsity has masks, which its own copies of weights would not respect"
+        return f"codec={self.codec!r} codes gradients, which it averages as they are" if self._codes is not None else ""
+
     def _average_by_ddp(self) -> None:
-        """Put torch's DDP around what is replicated.
+        """Put torch's DDP around what is replicated, with codes for what it sends.
 
         That is so little that its buckets would take all of it, and none could leave before the backward pass is over.
         """
@@ -256,6 +288,12 @@ class HybridParallelStrategy(DDPStrategy):
         num_bytes = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, ColumnParameter))
         self._ddp_kwargs.setdefault("bucket_cap_mb", min(max(num_bytes / _NUM_BUCKETS / 2**20, 0.1), 25))
         super().configure_ddp()
+        if self._codes is None or self.world_size == 1:
+            return
+        assert isinstance(self.model, DistributedDataParallel)
+        if self._owed is not None:
+            self._codes.load_state_dict(self._owed)
+        self.model.register_comm_hook(self._codes, codec_hook)
 
     # ------------------------------------------------------------------ steps
 
@@ -287,6 +325,7 @@ class HybridParallelStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         """Every rank ends with the first one's running statistics."""
         self._share_buffers()
+        super().on_train_end()
 
     def _share_buffers(self) -> None:
         if self._engine is not None and self.lightning_module is not None:  # DDP does it by itself
@@ -326,6 +365,9 @@ class HybridParallelStrategy(DDPStrategy):
         super().post_backward(closure_loss)
         assert self.lightning_module is not None
         if self.world_size == 1 or not getattr(self.model, "require_backward_grad_sync", True):
+            return
+        if self._codes is not None:
+            self._columns.ledger.record("data-parallel gradients", self._codes.bytes_per_step, 1, True)
             return
         rounds = 3 if self._engine is not None and self._engine.stage == 3 else 2  # weights travel forward and backward
         for parameter in self.lightning_module.parameters():
@@ -409,6 +451,7 @@ class HybridParallelStrategy(DDPStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             optimizer.load_state_dict(take_optimizer_state(optimizer, state))
             _optimizer_to_device(optimizer, self.root_device)
+        self._apply_masks()
         if self._engine is not None:
             self._engine.take_state()
 
@@ -424,7 +467,15 @@ class HybridParallelStrategy(DDPStrategy):
         """Read a file, or a directory that columns have written."""
         if distributed_checkpoint.is_distributed(Path(checkpoint_path)):
             return distributed_checkpoint.read_whole(Path(checkpoint_path))
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._owed = checkpoint.get(_CODEC)
+        return checkpoint
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write one plain file, with the mean of what the ranks' codes have lost, if they make up for it later."""
+        if self._codes is not None and self._codes.codec.has_residual:
+            checkpoint[_CODEC] = self._codes.mean_state_dict()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # ------------------------------------------------------------------ the end
 

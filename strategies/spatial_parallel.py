@@ -21,6 +21,7 @@ from .placement.batches import BatchSource
 from .placement.layout import TILES, Layout
 from .placement.tiles import Grid, make_grid
 from .placement.tiling import derive_tiles, place_tiles, plan_tiles
+from .sparsity import SparseAlgorithm
 
 
 class SpatialParallelStrategy(PlacedStrategy):
@@ -44,6 +45,8 @@ class SpatialParallelStrategy(PlacedStrategy):
         layout: ``"auto"``, or what differs from it: ``{layer name or pattern: "tiles" | "whole"}``, a
             :class:`~squall.placement.Layout`, or the path of a YAML file with such lines. A layer that is kept whole
             gathers what it is given. ``"measured"`` as for columns.
+        sparsity: Which weights live: an algorithm, such as :class:`~squall.sparsity.SparseMomentum`, or ``None`` for
+            all.
         batches: ``"auto"`` lets every rank load its batches, kept equal by seeds and checked; ``"broadcast"`` lets
             the first rank of a replica load and send, for data that seeds don't govern.
         start_method: ``"popen"`` runs the script once per rank; ``"spawn"``, ``"fork"`` or ``"forkserver"`` start
@@ -82,6 +85,7 @@ class SpatialParallelStrategy(PlacedStrategy):
         data_parallel_size: int = 1,
         layout: str | Path | Mapping[str, str] | Layout = "auto",
         *,
+        sparsity: SparseAlgorithm | None = None,
         batches: BatchSource = "auto",
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         process_group_backend: str | None = None,
@@ -102,6 +106,7 @@ class SpatialParallelStrategy(PlacedStrategy):
             data_parallel_size,
             batches,
             layout,
+            sparsity=sparsity,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,

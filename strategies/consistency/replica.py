@@ -26,12 +26,12 @@ from .packing import (
     Sums,
     cut_pieces,
     find_pieces,
-    flat,
     num_residuals,
     sum_residuals,
 )
 from .plan import Plan
 from .queue import Ticket
+from .rows import Rows
 from .watching import EditWatch
 from .wire import Header
 
@@ -71,6 +71,7 @@ class Replica:
         part: What this rank holds, if it is one of several that hold a replica between them; they call all methods
             together, and ``parameters`` are its own parts, flat or not.
         owners: Parameters whose ``data`` are ``parameters``, if these are not parameters themselves.
+        live: By number of a parameter, where its mask lets live: what else it has, shards don't know.
 
     """
 
@@ -86,10 +87,12 @@ class Replica:
         patience: float = 120.0,
         part: Part | None = None,
         owners: Sequence[nn.Parameter] | None = None,
+        live: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.client = client
         self.plan = plan
         self.parameters = list(parameters)
+        self._rows = Rows(parameters, live)
         self.version = 0  # the latest version heard of
         self.base = 0  # the version that the weights come from
         self.serial = -1  # the evaluation that the weights are for, in an optimization over whole batches
@@ -202,10 +205,11 @@ class Replica:
         """Let the next pushes make up for what an earlier run's codes have lost.
 
         Args:
-            rows: Of each parameter, flat; as :meth:`owed` gave them.
+            rows: Of each whole parameter, flat.
 
         """
-        self._encoder.owe(rows)
+        shaped = [row.view(parameter.shape) for row, parameter in zip(rows, self.parameters, strict=True)]
+        self._encoder.owe([self._rows.of(index, row) for index, row in enumerate(shaped)])
 
     def owed(self) -> tuple[Tensor, ...]:
         """What the codes of all workers of all hosts have lost, and have not made up for.
@@ -307,7 +311,7 @@ class Replica:
             return edits
         for piece in self._fetch_pieces:
             parameter = self.parameters[piece.parameter]
-            here = parameter.detach().reshape(-1)[piece.start : piece.stop].cpu()
+            here = self._rows.of(piece.parameter, parameter)[piece.start : piece.stop].cpu()
             if self._expected is None:
                 before = self._fetched(piece, self._base_buffer)
             else:
@@ -315,7 +319,8 @@ class Replica:
             if torch.equal(before, here) or not _has_nan(parameter.dtype):
                 continue
             if piece.parameter not in edits:
-                edits[piece.parameter] = torch.full((parameter.numel(),), torch.nan, dtype=parameter.dtype)
+                size = self._rows.num_elements(piece.parameter)
+                edits[piece.parameter] = torch.full((size,), torch.nan, dtype=parameter.dtype)
             edits[piece.parameter][piece.start : piece.stop] = here.masked_fill(before == here, torch.nan)
         self._watch.reset()
         # A weight that has become NaN equals nothing, and was not edited for that.
@@ -339,8 +344,8 @@ class Replica:
         self.land()
         for index, edited in edits.items():
             parameter = self.parameters[index]
-            mine = edited.view(parameter.shape).to(parameter.device)
-            parameter.data.copy_(torch.where(mine.isnan(), parameter.data, mine))
+            mine, row = edited.to(parameter.device), self._rows.of(index, parameter)
+            parameter.data.copy_(self._rows.whole(index, torch.where(mine.isnan(), row, mine)))
         buffer = self._next_buffer()
         parts = [part for mailbox in self._mailboxes for part in mailbox.edits(buffer)]
         for piece in self._edit_pieces:
@@ -361,13 +366,14 @@ class Replica:
     @torch.no_grad()
     def remember(self) -> None:
         """Take the weights as they are for unedited, though they are not what was fetched last, or it may be lost."""
-        for kept, parameter in zip(self._to_keep(), self.parameters, strict=True):
-            kept.copy_(parameter.detach().reshape(-1))
+        for index, kept in enumerate(self._to_keep()):
+            kept.copy_(self._rows.of(index, self.parameters[index]))
         self._take_for_unedited(self._kept)
 
     def _to_keep(self) -> list[Tensor]:
         if not self._kept:
-            self._kept = [torch.empty(p.numel(), dtype=p.dtype) for p in self.parameters]
+            sizes = map(self._rows.num_elements, range(len(self.parameters)))
+            self._kept = [torch.empty(size, dtype=p.dtype) for size, p in zip(sizes, self.parameters, strict=True)]
         return self._kept
 
     def _take_for_unedited(self, weights: list[Tensor] | None) -> None:
@@ -386,7 +392,7 @@ class Replica:
         """
         for parameter, weight in zip(self.parameters, weights, strict=True):
             parameter.data.copy_(weight)
-        self._take_for_unedited([weight.reshape(-1) for weight in weights])
+        self._take_for_unedited([self._rows.of(index, weight) for index, weight in enumerate(weights)])
         self.base = version
 
     def _fetched(self, piece: Piece, buffer: int) -> Tensor:
@@ -405,14 +411,14 @@ class Replica:
             parameter = self.parameters[piece.parameter]
             source = self._fetched(piece, buffer)
             self.num_bytes_fetched += source.nbytes
-            if parameter.is_contiguous():
+            if parameter.is_contiguous() and self._rows.is_whole(piece.parameter):
                 parameter.data.view(-1)[piece.start : piece.stop].copy_(source)
             else:
-                flat = scattered.setdefault(piece.parameter, torch.empty(parameter.numel(), dtype=parameter.dtype))
-                flat[piece.start : piece.stop].copy_(source)
-        for index, flat in scattered.items():
-            parameter = self.parameters[index]
-            parameter.data.copy_(flat.view(parameter.shape))
+                size = self._rows.num_elements(piece.parameter)
+                row = scattered.setdefault(piece.parameter, torch.empty(size, dtype=parameter.dtype))
+                row[piece.start : piece.stop].copy_(source)
+        for index, row in scattered.items():
+            self.parameters[index].data.copy_(self._rows.whole(index, row))
         self.base = version
         self._base_buffer = buffer
         self._take_for_unedited(None)
@@ -457,7 +463,7 @@ class Replica:
                 mailbox.send(slot)
             reply, _ = self.client.call(header, buffers or b"")
         except HostLostError:
-            self._encoder.take_back([None if g is None else flat(g) for g in gradients], self._slots[slot])
+            self._encoder.take_back(self._rows_of(gradients), self._slots[slot])
             self.lost += tickets
             raise
         return self._pushed(slot, header, reply)
@@ -538,8 +544,7 @@ class Replica:
         """Code a push, and say what it is."""
         slot = self._slot
         self.client.wait_until_done(self._last_use[slot])
-        rows = [None if gradient is None else flat(gradient) for gradient in gradients]
-        self._encoder.encode(rows, self._slots[slot])
+        self._encoder.encode(self._rows_of(gradients), self._slots[slot])
         self.num_bytes_pushed += self._num_code_bytes
         return slot, {
             "op": "commit",
@@ -553,6 +558,9 @@ class Replica:
             "hyper_version": self.hyper_version,
             "buffers": buffers is not None,
         }
+
+    def _rows_of(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if tensor is None else self._rows.of(index, tensor) for index, tensor in enumerate(gradients)]
 
     def _pushed(self, slot: int, header: Header, reply: Header) -> PushResult:
         """Learn what became of a push."""
@@ -585,7 +593,9 @@ class Replica:
             sums: What to add the gradients to in the same pass, if to any.
 
         """
-        if sums is not None:
+        if sums is not None and not self._rows.are_whole:
+            sums.add(gradients)
+        elif sums is not None:
             sums.add_and_step(gradients, [parameter.data for parameter in self.parameters], rates, self._to_keep())
             self._take_for_unedited(self._kept)
             return

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from .client import Client
 from .optimizers import read_entry
 from .order import unpack_orders
-from .plan import Plan, Slice
+from .plan import Plan, Slice, Unit
+from .rows import Rows
 from .staleness import MEAN_SQUARE
 from .updates import SliceMemory
 
@@ -38,22 +39,22 @@ class Snapshot:
     owed: tuple[Tensor, ...] = ()
 
 
-def fill(memories: Sequence[SliceMemory], parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
+def fill(memories: Sequence[SliceMemory], rows: Rows, optimizers: Sequence[Optimizer]) -> None:
     """Give the shards their first weights, and the state that the optimizers bring along."""
     with torch.no_grad():
         for memory in memories:
             for unit in memory.slice.units:
-                parameter = parameters[unit.parameter]
-                flat = parameter.detach().reshape(-1)[unit.start : unit.stop]
-                memory.weights(unit).copy_(flat)
+                parameter = rows.parameters[unit.parameter]
+                memory.weights(unit).copy_(rows.of(unit.parameter, parameter)[unit.start : unit.stop])
                 state = optimizers[unit.info.optimizer].state.get(parameter)
                 if state:
-                    memory.write_state(unit, _cut(state, parameter.shape, unit.start, unit.stop))
+                    memory.write_state(unit, _cut(state, rows, unit))
 
 
-def _cut(state: Mapping[str, Any], shape: torch.Size, start: int, stop: int) -> dict[str, Any]:
+def _cut(state: Mapping[str, Any], rows: Rows, unit: Unit) -> dict[str, Any]:
+    shape = rows.parameters[unit.parameter].shape
     return {
-        key: value.reshape(-1)[start:stop]
+        key: rows.of(unit.parameter, value)[unit.start : unit.stop]
         if isinstance(value, Tensor) and value.shape == shape and value.numel() > 1
         else value
         for key, value in state.items()

@@ -15,6 +15,7 @@ from .arguments import is_number, is_whole
 from .functions import Grow, Prune, Redistribute, grows, momentum_shares, prunes, redistributions
 from .initialisation import INITIALISATIONS, magnitude_masks, random_masks
 from .layers import Layer
+from .parts import Parts
 from .rates import NEED_PROGRESS, RATES
 from .registry import signals_of
 
@@ -79,6 +80,7 @@ class SparseAlgorithm(ABC):
         seed: int,
         share: Callable[[Tensor], object] | None,
         progress: Callable[[], float],
+        parts: Parts | None = None,
     ) -> MaskedTraining:
         """Make what owns the masks of a training.
 
@@ -88,11 +90,12 @@ class SparseAlgorithm(ABC):
             seed: Of the masks and of random growth; equal on all ranks.
             share: Makes a tensor what it is on the first rank, in place; None if there is one rank.
             progress: Tells the part of the training that is done.
+            parts: What this rank holds of each weight; None for all of it.
 
         """
         from .training import MaskedTraining
 
-        return MaskedTraining(self, parameters, seed, share, progress)
+        return MaskedTraining(self, parameters, seed, share, progress, parts)
 
     @abstractmethod
     def first_masks(

@@ -12,6 +12,7 @@ from .algorithms import SparseAlgorithm, Update
 from .arguments import is_number, is_whole
 from .coding.streams import CODERS, Coder
 from .layers import Layer, largest, layer_name, num_kept
+from .parts import Parts
 from .patterns import settings_of
 from .phases import Phase, check_length, plan_phases
 from .sharing import MAX_BITS
@@ -141,10 +142,16 @@ class DeepCompression(SparseAlgorithm):
         seed: int,
         share: Callable[[Tensor], object] | None,
         progress: Callable[[], float],
+        parts: Parts | None = None,
     ) -> Any:
         """Have masks that shrink, and weights that share values."""
         from .compressing import CompressingTraining
 
+        if parts is not None:
+            raise ValueError(
+                "DeepCompression lets the weights of a whole layer share values, and here ranks hold parts of it."
+                " Train with squall.SparseStrategy(DeepCompression(...), inner='ddp')."
+            )
         return CompressingTraining(self, parameters, seed, share, progress, module)
 
     def plan(self, num_epochs: int, trained: bool) -> list[Phase]:

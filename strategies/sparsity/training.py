@@ -19,6 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from .algorithms import SparseAlgorithm, Update
 from .cuts import Cut, rescaled
 from .layers import Layer, plain_name
+from .parts import Parts
 
 _BETA = 0.9  # of the momentum that is kept beside an optimizer without one
 VERSION = 1
@@ -35,6 +36,7 @@ class MaskedTraining:
         seed: Of the masks and of random growth; equal on all ranks.
         share: Makes a tensor what it is on the first rank, in place; None if there is one rank.
         progress: Tells the part of the training that is done.
+        parts: What this rank holds of each weight; None for all of it.
 
     Example:
         >>> from squall.sparsity import Static
@@ -53,6 +55,7 @@ class MaskedTraining:
         seed: int,
         share: Callable[[Tensor], object] | None = None,
         progress: Callable[[], float] = lambda: 0.0,
+        parts: Parts | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.parameters = dict(parameters)
@@ -61,11 +64,12 @@ class MaskedTraining:
         self.epoch = 0
         self.last_update = Update()
         self.num_grown = 0
-        self._dead: dict[str, Tensor] = {}
+        self._dead: dict[str, Tensor] = {}  # this rank's part, where weights are split
         self._momentum: dict[str, Tensor] = {}  # of optimizers that have none
         self._cuts: dict[str, Cut] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self._share, self._progress = share, progress
+        self._parts = Parts() if parts is None else parts
         self._optimizers: list[Optimizer] = []
         self._holders: dict[str, int] = {}  # which of the optimizers steps a layer
         self._handles: list[Any] = []
@@ -93,7 +97,7 @@ class MaskedTraining:
             trained: Whether the weights come from a training without masks.
 
         """
-        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        weights = {name: self._whole(parameter, parameter) for name, parameter in self.parameters.items()}
         self._set(self.algorithm.first_masks(weights, self._generator, trained))
         self._momentum.clear()
         self.num_steps = [0] * len(self._optimizers)
@@ -107,7 +111,10 @@ class MaskedTraining:
             self._share(flat)
             parts = flat.view(torch.bool).split([mask.numel() for mask in masks.values()])
             self.masks |= {name: part.view(masks[name].shape).clone() for name, part in zip(masks, parts, strict=True)}
-        self._dead |= {name: ~self.masks[name] for name in masks}
+        self._dead |= {name: self._parts.take(self.parameters[name], ~self.masks[name]) for name in masks}
+
+    def _whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        return self._parts.gather(parameter, part.detach())
 
     def _change(self, masks: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
         """Take masks over in the middle of a training by optimizers that know the ones before."""
@@ -120,10 +127,11 @@ class MaskedTraining:
     @torch.no_grad()
     def apply(self) -> None:
         """Set dead weights to 0, and their state in optimizers that have no use for it."""
-        for name, dead in self._dead.items():
-            self.parameters[name].masked_fill_(dead, 0)
-        for optimizer in self._optimizers:
-            self._clear_state(optimizer)
+        with self._parts.locally():
+            for name, dead in self._dead.items():
+                self.parameters[name].masked_fill_(dead, 0)
+            for optimizer in self._optimizers:
+                self._clear_state(optimizer)
 
     def masked_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A module's state with zeros where nothing lives, such as an average of weights of several masks.
@@ -134,9 +142,9 @@ class MaskedTraining:
         """
         masked = dict(state_dict)
         for key, value in state_dict.items():
-            mask = self._dead.get(plain_name(key))
+            mask = self.masks.get(plain_name(key))
             if mask is not None and isinstance(value, Tensor) and value.shape == mask.shape:
-                masked[key] = value.masked_fill(mask.to(value.device), 0)
+                masked[key] = value.masked_fill(~mask.to(value.device), 0)
         return masked
 
     # ------------------------------------------------------------------ optimizers
@@ -164,7 +172,8 @@ class MaskedTraining:
             if self.algorithm.reads:
                 for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                     if name := self._names.get(id(parameter)):
-                        self._handles.append(parameter.register_hook(self._before_gradient(name, parameter)))
+                        with self._parts.locally():
+                            self._handles.append(parameter.register_hook(self._before_gradient(name, parameter)))
         self.apply()
 
     def detach(self) -> None:
@@ -191,9 +200,10 @@ class MaskedTraining:
         """Set the gradients of dead weights to 0; called when a backward pass has completed them."""
         for index, optimizer in enumerate(self._optimizers):
             keep = self._reads_gradients(index)
-            for name, parameter, _ in self._layers_of(optimizer):
-                if parameter.grad is not None:
-                    self._cut(name, parameter.grad, keep)
+            with self._parts.locally():
+                for name, parameter, _ in self._layers_of(optimizer):
+                    if parameter.grad is not None:
+                        self._cut(name, parameter.grad, keep)
 
     def _reads_gradients(self, index: int) -> bool:
         reads, step = self.algorithm.reads, self.num_steps[index] + 1
@@ -217,10 +227,11 @@ class MaskedTraining:
             cut = self._cuts.get(name)
             if cut is None:
                 return
-            if cut.is_over(parameter.grad) or cut.is_zeroed():
-                del self._cuts[name]
-            else:
-                cut.grows = True
+            with self._parts.locally():
+                if cut.is_over(parameter.grad) or cut.is_zeroed():
+                    del self._cuts[name]
+                else:
+                    cut.grows = True
 
         return before_gradient
 
@@ -236,7 +247,8 @@ class MaskedTraining:
         self._cuts[name] = Cut(gradient, off)
 
     def _cut_off(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return rescaled({name: self._cuts[name] for name in names if name in self._cuts})
+        """What was cut off these layers, the same ones on all ranks."""
+        return rescaled({name: self._cuts.get(name) for name in names}, self._parts.norms)
 
     def _before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Have the last word before the optimizer computes: after its closure, if that is what computes gradients."""
@@ -256,42 +268,50 @@ class MaskedTraining:
     def _complete(self, optimizer: Optimizer) -> None:
         keep = self._reads_gradients(self._optimizers.index(optimizer))
         fed = []
-        for name, parameter, group in self._layers_of(optimizer):
-            gradient, cut = parameter.grad, self._cuts.get(name)
-            if gradient is None:
-                continue
-            if cut is None or cut.grows or cut.is_over(gradient):  # a backward pass that nobody announced
-                self._cut(name, gradient, keep)
-            elif cut.is_zeroed() and bool(cut.norm > 0):
-                del self._cuts[name]
-            if self._feeds(group):
-                fed.append(name)
-        for name, off in self._cut_off(fed).items():
-            self._cuts[name].gradient.add_(off)
-            self._cuts[name].is_fed = True
+        with self._parts.locally():
+            for name, parameter, group in self._layers_of(optimizer):
+                if self._feeds(group):
+                    fed.append(name)
+                gradient, cut = parameter.grad, self._cuts.get(name)
+                if gradient is None:
+                    self._cuts.pop(name, None)
+                elif cut is None or cut.grows or cut.is_over(gradient):  # a backward pass that nobody announced
+                    self._cut(name, gradient, keep)
+                elif cut.is_zeroed() and bool(cut.norm > 0):
+                    del self._cuts[name]
+            for name, off in self._cut_off(fed if keep else ()).items():
+                self._cuts[name].gradient.add_(off)
+                self._cuts[name].is_fed = True
 
     def _after_step(self, index: int) -> Callable[..., None]:
         @torch.no_grad()
         def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            gradients = {}
-            layers = list(self._layers_of(optimizer))
-            offs = self._cut_off(name for name, *_ in layers if name in self._cuts and not self._cuts[name].is_fed)
-            for name, parameter, _ in layers:
-                dead, gradient, cut = self._dead[name], parameter.grad, self._cuts.pop(name, None)
-                parameter.masked_fill_(dead, 0)
-                if gradient is None:
-                    continue
-                if cut is not None and not cut.is_over(gradient):
-                    complete = gradient + offs[name] if name in offs else gradient.clone()
-                    if "momentum" in self.algorithm.reads and _momentum_in(optimizer, parameter) is None:
-                        self._momentum[name] = _BETA * self._momentum.get(name, 0) + complete
-                    gradients[name] = complete
-                gradient.masked_fill_(dead, 0)
+            with self._parts.locally():
+                gradients = self._take_gradients(index, optimizer)
             self.num_steps[index] += 1
             if self.algorithm.is_due(self.num_steps[index], False, self._progress()):
                 self._update(index, gradients)
 
         return after_step
+
+    def _take_gradients(self, index: int, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Leave dead weights and their gradients at 0; returns what the gradients were, where that is kept."""
+        gradients = {}
+        layers = list(self._layers_of(optimizer))
+        unfed = [name for name, _, group in layers if not self._feeds(group)]
+        offs = self._cut_off(unfed if self._reads_gradients(index) else ())
+        for name, parameter, _ in layers:
+            dead, gradient, cut = self._dead[name], parameter.grad, self._cuts.pop(name, None)
+            parameter.masked_fill_(dead, 0)
+            if gradient is None:
+                continue
+            if cut is not None and not cut.is_over(gradient):
+                complete = gradient + offs[name] if name in offs else gradient.clone()
+                if "momentum" in self.algorithm.reads and _momentum_in(optimizer, parameter) is None:
+                    self._momentum[name] = _BETA * self._momentum.get(name, 0) + complete
+                gradients[name] = complete
+            gradient.masked_fill_(dead, 0)
+        return gradients
 
     def _clear_state(self, optimizer: Optimizer) -> None:
         for name, parameter, group in self._layers_of(optimizer):
@@ -322,6 +342,19 @@ class MaskedTraining:
     @torch.no_grad()
     def _update(self, index: int, gradients: Mapping[str, Tensor]) -> None:
         optimizer = self._optimizers[index]
+        with self._parts.locally():
+            layers, anything = self._gather_layers(optimizer, gradients)
+        if layers and anything:  # a new optimizer has no momentum yet, and there is nothing to go by
+            self.last_update = self.algorithm.update(layers, self.num_steps[index], self._progress())
+            self.num_grown += self.last_update.num_grown
+            self._change({layer.name: layer.mask for layer in layers}, [optimizer])
+            with self._parts.locally():
+                for name, parameter, _ in self._layers_of(optimizer):
+                    if parameter.grad is not None:
+                        parameter.grad.masked_fill_(self._dead[name], 0)
+
+    def _gather_layers(self, optimizer: Optimizer, gradients: Mapping[str, Tensor]) -> tuple[list[Layer], bool]:
+        """Layers as an algorithm sees them, whole; and whether there is anything of what it reads."""
         layers: list[Layer] = []
         anything = not self.algorithm.reads
         for name, parameter, _ in self._layers_of(optimizer):
@@ -331,24 +364,23 @@ class MaskedTraining:
                 "gradient": gradients.get(name),
             }
             anything |= any(found[signal] is not None for signal in self.algorithm.reads)
-            signals = {signal: _or_zeros(found[signal], parameter) for signal in self.algorithm.reads}
-            layers.append(Layer(name, parameter.detach(), self.masks[name], signals, self._generator))
-        if layers and anything:  # a new optimizer has no momentum yet, and there is nothing to go by
-            self.last_update = self.algorithm.update(layers, self.num_steps[index], self._progress())
-            self.num_grown += self.last_update.num_grown
-            self._change({layer.name: layer.mask for layer in layers}, [optimizer])
-            for name, parameter, _ in self._layers_of(optimizer):
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(self._dead[name], 0)
+            signals = {
+                signal: self._whole(parameter, _or_zeros(found[signal], parameter)) for signal in self.algorithm.reads
+            }
+            weight = self._whole(parameter, parameter)
+            layers.append(Layer(name, weight, self.masks[name], signals, self._generator))
+        return layers, anything
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed training needs to go on as if it had not been interrupted."""
+        """All that a resumed training needs to go on as if it had not been interrupted. All ranks must call it."""
         return {
             "version": VERSION,
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
-            "momentum": {name: value.clone() for name, value in self._momentum.items()},
+            "momentum": {
+                name: self._whole(self.parameters[name], value).clone() for name, value in self._momentum.items()
+            },
             "generator": self._generator.get_state(),
             "num_steps": list(self.num_steps),
             "epoch": self.epoch,
@@ -377,7 +409,8 @@ class MaskedTraining:
         self.masks, self._dead = {}, {}
         self._set(state["masks"])
         self._momentum = {
-            name: value.to(self.parameters[name].device, copy=True) for name, value in state["momentum"].items()
+            name: self._parts.take(self.parameters[name], value.to(self.parameters[name].device, copy=True))
+            for name, value in state["momentum"].items()
         }
         self._generator.set_state(state["generator"].cpu())
         self.num_steps = list(state["num_steps"])

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 WORKS = "works"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "features.md"
-START, END = "<!-- conformance:start -->", "<!-- conformance:end -->"
 
 
 @dataclass(frozen=True)
@@ -128,29 +127,71 @@ def first_words(message: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
 
 
-def render(verdicts: Mapping[tuple[str, str], str]) -> str:
-    """The table in Markdown."""
-    heads = ["feature", *(entry.name for entry in STRATEGIES)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for name in FEATURES:
-        cells = [verdicts.get((name, entry.name), "not run") for entry in STRATEGIES]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Table:
+    """A table between two lines of docs/features.md.
+
+    Args:
+        name: Of the two lines.
+        corner: Head of the rows' names.
+        rows: The rows' names.
+        columns: The columns' heads.
+    """
+
+    name: str
+    corner: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """The lines before and after it."""
+        return f"<!-- {self.name}:start -->", f"<!-- {self.name}:end -->"
+
+    def render(self, verdicts: Mapping[tuple[str, str], str]) -> str:
+        """The table in Markdown."""
+        lines = ["| " + " | ".join([self.corner, *self.columns]) + " |", "|" + " --- |" * (1 + len(self.columns))]
+        for row in self.rows:
+            cells = [verdicts.get((row, column), "not run") for column in self.columns]
+            lines.append("| " + " | ".join([row, *cells]) + " |")
+        return "\n".join(lines)
+
+    def read(self) -> dict[tuple[str, str], str]:
+        """The verdicts that the page shows."""
+        text = PAGE.read_text()
+        for mark in self.marks:
+            assert mark in text, f"{PAGE.name} has no line {mark}"
+        start, end = self.marks
+        rows = [line for line in text.split(start)[1].split(end)[0].splitlines() if line.startswith("|")]
+        cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+        heads = cells[0][1:]
+        return {(row[0], head): verdict for row in cells[2:] for head, verdict in zip(heads, row[1:], strict=True)}
+
+    def write(self, verdicts: Mapping[tuple[str, str], str]) -> None:
+        """Put the table between the page's lines."""
+        start, end = self.marks
+        before, rest = PAGE.read_text().split(start)
+        _, after = rest.split(end)
+        PAGE.write_text(f"{before}{start}\n{self.render(verdicts)}\n{end}{after}")
+
+    def check(self, verdicts: Mapping[tuple[str, str], str], update: bool) -> None:
+        """Hold the page to what was seen.
+
+        Args:
+            verdicts: What this run's cells said.
+            update: Write them first; then all must have been run.
+        """
+        if update:
+            missing = [key for row in self.rows for column in self.columns if (key := (row, column)) not in verdicts]
+            assert not missing, f"run all cells to update the table; not seen: {missing[:3]}"
+            assert "FAILS" not in verdicts.values(), self.render(verdicts)
+            self.write(verdicts)
+        shown = self.read()
+        late = f"the table {self.name} of {PAGE.name} is out of date: run with --update-conformance"
+        assert {row for row, _ in shown} == set(self.rows), late
+        assert {key: shown.get(key) for key in verdicts} == verdicts, late
 
 
-def read_page() -> dict[tuple[str, str], str]:
-    """The verdicts that the page shows."""
-    text = PAGE.read_text()
-    assert START in text, f"{PAGE.name} has no line {START}"
-    assert END in text, f"{PAGE.name} has no line {END}"
-    rows = [line for line in text.split(START)[1].split(END)[0].splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    return {(row[0], head): verdict for row in cells[2:] for head, verdict in zip(cells[0][1:], row[1:], strict=True)}
-
-
-def write_page(verdicts: Mapping[tuple[str, str], str]) -> None:
-    """Put the table between the page's markers."""
-    text = PAGE.read_text()
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{START}\n{render(verdicts)}\n{END}{after}")
+def features_table() -> Table:
+    """Every Strategy times every feature; to be asked for when features have been registered."""
+    return Table("conformance", "feature", tuple(FEATURES), tuple(entry.name for entry in STRATEGIES))

@@ -15,7 +15,7 @@ from tests.ranks import run
 
 from . import features  # noqa: F401  (fills the table)
 from .cell import Dealt, Outcome, Unlike, execute
-from .table import FEATURES, STRATEGIES, WORKS, Entry, Feature, first_words, read_page, render, seen, write_page
+from .table import FEATURES, STRATEGIES, WORKS, Entry, Feature, features_table, first_words, seen
 
 _CLEAR = {"ValueError", "MisconfigurationException", "RuntimeError", "TypeError"}
 _references: dict[tuple[str, str], Mapping[str, Any]] = {}  # by column and feature
@@ -136,12 +136,4 @@ def test_the_comparison_notices_a_difference() -> None:
 
 def test_the_page_shows_what_was_seen(request: pytest.FixtureRequest) -> None:
     """Comes last: the page's table is the one that this run saw (``--update-conformance`` writes it)."""
-    if request.config.getoption("--update-conformance", default=False):
-        missing = [key for key in ((name, e.name) for name in FEATURES for e in STRATEGIES) if key not in seen]
-        assert not missing, f"run the whole folder to update the table; not seen: {missing[:3]}"
-        assert "FAILS" not in seen.values(), render(seen)
-        write_page(seen)
-    shown = read_page()
-    rows = {name for name, _ in shown}
-    assert rows == set(FEATURES), "docs/features.md's conformance table is out of date: run with --update-conformance"
-    assert {key: shown.get(key) for key in seen} == seen, "docs/features.md's conformance table is out of date"
+    features_table().check(seen, request.config.getoption("--update-conformance", default=False))

@@ -28,7 +28,7 @@ def _check(ended: Ended, message: str) -> None:
         ({"num_columns": 0}, "num_columns=0 must be"),
         ({"num_columns": 1.5}, "num_columns=1.5 must be"),
         ({"data_parallel_size": -1}, "data_parallel_size=-1 must be"),
-        ({"sparsity": 0.5}, "Leave sparsity=None"),
+        ({"sparsity": 0.5}, "must be an algorithm"),
         ({"batches": "seeds"}, "'auto' or 'broadcast'"),
         ({"layout": "no/such/file.yaml"}, "Write 'auto'"),
         ({"layout": {"net": "rows"}}, "'columns' or kept 'whole'"),
