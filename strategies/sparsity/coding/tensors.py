@@ -236,6 +236,8 @@ class CodedTensor(NamedTuple):
         """
         info = self.info
         if not info.num_elements:
+            if math.prod(max(size, 1) for size in info.shape[1:]) >= 1 << 63:
+                raise CompressedFileError(f"its shape is {info.shape}, whose strides overflow")
             return torch.empty(info.shape, dtype=info.dtype)
         places = None if self.places is None else self.places.positions()
         values = self.values if self.codes is None else self.values[self.codes.symbols()]

@@ -164,6 +164,7 @@ FLOAT32, BOOL = tensors.DTYPES.index(torch.float32), tensors.DTYPES.index(torch.
         (head(len(tensors.DTYPES)), "at most"),
         (head(FLOAT32, 65), "at most 64"),
         (head(FLOAT32, 1, 0, 2), "no elements"),
+        (head(FLOAT32, 3, 0, 1 << 62, 4, 0), "strides overflow"),
         (head(tensors.DTYPES.index(torch.complex128), 1, 8, 2, 1) + bytes(16), "aren't coded"),
         (head(FLOAT32, 1, 8, 8), "at most 7"),
         (head(FLOAT32, 1, 8, 1, 9), "at most 8"),
