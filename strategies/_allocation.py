@@ -74,14 +74,15 @@ def find_main_address(environment: ClusterEnvironment) -> None:
 
 
 def dead_nodes() -> list[str]:
-    """The nodes of this job whose SLURM daemon doesn't answer."""
+    """The nodes of this job whose SLURM daemon doesn't answer, as far as that can be told."""
     found = []
     for name, place in _addresses(os.environ.get("SLURM_NODELIST", "")).items():
         try:
             socket.create_connection(place, _PATIENCE).close()
         except OSError:
             found.append(name)
-    return found
+    # If not even this node's answers, tasks can't ask: that says nothing of the others.
+    return [] if os.environ.get("SLURMD_NODENAME") in found else found
 
 
 def kill_wait() -> str:

@@ -102,6 +102,15 @@ class LiveRanks(DDPStrategy):
         """Whether this worker validates, logs and writes checkpoints."""
         return self.worker == LEADER
 
+    def any_of_worker(self, flag: bool) -> bool:
+        """Whether any rank of this worker says so: it is the only one, unless a replica is several.
+
+        Args:
+            flag: What this one says.
+
+        """
+        return flag
+
     def setup_environment(self) -> None:
         """Come to the run: for ``fit`` to its coordinator, for all else to a process group as under DDP."""
         module = self.lightning_module

@@ -131,6 +131,8 @@ class PlacedStrategy(SplitSteps, MaskedStrategy, MeshStrategy):
         assert self.lightning_module is not None
         dtype = next((p.dtype for p in self.lightning_module.parameters() if p.is_floating_point()), torch.float32)
         speeds = measure_speeds(self._columns, self.root_device, dtype)
+        # Replicas must do alike, though one may be on a slower host: gradients of one shape are averaged.
+        speeds, num_examples = self.broadcast((speeds, num_examples))
         layout = choose_whole(derive, flops, num_examples, speeds, dtype.itemsize)
         rank_zero_info(f"Where each layer lives, at {num_examples:,} examples a step and {speeds}:\n{layout}")
         return layout

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -40,13 +41,17 @@ class Requeue(Callback):
 
     Args:
         requeue_signal: Of the cluster environment.
-        leads_alone: Whether rank 0 saves by itself, and the others go on until it tells them to stop.
+        leads_alone: Whether rank 0 saves by itself, or with the ranks that are one worker with it, and the others go
+            on until it tells them to stop.
+        is_given: Whether the user has said which checkpoint to go on from.
 
     """
 
-    def __init__(self, requeue_signal: signal.Signals, leads_alone: bool) -> None:
+    def __init__(self, requeue_signal: signal.Signals, leads_alone: bool, is_given: bool) -> None:
         self._requeue_signal = requeue_signal
         self._leads_alone = leads_alone
+        self._is_given = is_given
+        self._earlier = signal.getsignal(signal.SIGTERM)  # the user's own
         self._pid = os.getpid()
         self._heard: set[int] = set()
         self._saved: set[str] = set()  # what Lightning would go on from at the next start
@@ -63,6 +68,8 @@ class Requeue(Callback):
         self._heard.add(signum)
         text = f"squall: {signal.Signals(signum).name}: the run is saved after this batch, and ends.\n"
         os.write(2, text.encode())  # a stream that is being written to must not be entered again
+        if signum == signal.SIGTERM and callable(self._earlier):
+            self._earlier(signum, frame)  # type: ignore[arg-type]
 
     def go_on(self, trainer: Trainer) -> str | None:
         """The checkpoint that a job started again goes on from; None if there is none, or it starts for the first time.
@@ -89,11 +96,14 @@ class Requeue(Callback):
         """Save and stop, if any rank has heard a signal."""
         if self.exit_code is not None or trainer.fit_loop._should_accumulate():
             return
-        if self._leads_alone and not trainer.is_global_zero:
+        strategy: Any = trainer.strategy
+        if self._leads_alone and not strategy.is_leader:
             return
 
         def any_of(said: bool) -> bool:
-            return said if self._leads_alone else trainer.strategy.reduce_boolean_decision(said, all=False)
+            if self._leads_alone:
+                return bool(strategy.any_of_worker(said))
+            return bool(strategy.reduce_boolean_decision(said, all=False))
 
         if not any_of(bool(self._heard)):
             return
@@ -129,9 +139,10 @@ class Requeue(Callback):
 
     def forget(self, trainer: Trainer) -> None:
         """Remove what was saved: it is out of date, and whoever fits or tests next would take it for theirs."""
-        resumed = str(trainer.ckpt_path or "")
-        if os.path.basename(resumed).startswith(_PREFIX):
-            self._saved.add(resumed)
+        found = str(trainer.ckpt_path or "")  # by Lightning
+        folder, name = os.path.split(found)
+        if not self._is_given and name.startswith(_PREFIX) and folder == str(trainer.default_root_dir):
+            self._saved.add(found)
         for path in self._saved if trainer.is_global_zero else ():
             if os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -141,8 +152,8 @@ class Requeue(Callback):
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
+def _signals_kept(*signals: signal.Signals) -> Iterator[None]:
+    before = {signum: signal.getsignal(signum) for signum in signals}
     try:
         yield
     finally:
@@ -183,12 +194,13 @@ def run_in_slurm(
     assert trainer is not None
     if leads_alone:
         os.environ.setdefault(KILL_WAIT, kill_wait())
-    requeue = Requeue(environment.requeue_signal or signal.SIGUSR1, leads_alone)
-    with _signals_kept():
-        requeue.listen(requeue._requeue_signal)
+    requeue_signal = environment.requeue_signal or signal.SIGUSR1
+    with _signals_kept(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, requeue_signal):
         if trainer.state.fn != TrainerFn.FITTING:
             return function(*args, **kwargs)
         bound = inspect.signature(function).bind(*args, **kwargs)
+        requeue = Requeue(requeue_signal, leads_alone, bound.arguments.get("ckpt_path") not in (None, "hpc"))
+        requeue.listen(requeue_signal)
         path = requeue.go_on(trainer)
         if path is not None:
             bound.arguments["ckpt_path"] = path
@@ -199,6 +211,7 @@ def run_in_slurm(
             lost = dead_nodes() if trainer.num_nodes > 1 else []
             if not lost:
                 raise
+            traceback.print_exc()
             sys.stderr.write(f"SLURM's {', '.join(lost)} is gone: the job is queued again.\n")
             queue_again()  # which every rank that is left asks for; nobody knows who that is
             raise SystemExit(1) from None

@@ -37,6 +37,7 @@ from .consistency.shard import ShardSpec
 from .consistency.staleness import MEAN_SQUARE, StalenessRule
 from .consistency.updates import SliceMemory
 from .placement.optimizers import is_elementwise
+from .placement.rules.norms import synchronize_buffers
 from .placement.tensor import no_dispatch
 from .sparsity import Static
 
@@ -338,7 +339,7 @@ class DownpourStrategy(MaskedStrategy, ReplicasInColumns):
 
     def _write_edits(self) -> bool:
         edits = self.replica.find_edits(look=self._begins_epoch or self._snapshot is not None)
-        if not self._any(bool(edits)):
+        if not self.any_of_worker(bool(edits)):
             return False
         if self._begins_epoch and not self.is_leader:
             self.replica.remember()
@@ -427,6 +428,8 @@ class DownpourStrategy(MaskedStrategy, ReplicasInColumns):
             self._collect(wait=True)
         hyper = self._changed_hyperparameters()
         assert self._buffers is not None
+        if self._is_split:  # a step within training_step comes before what that does at its end
+            synchronize_buffers()
         buffers = self._buffers.pack()
         tickets = list(self._tickets)
         self._tickets.clear()

@@ -190,9 +190,8 @@ class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
         """Split the linear layers. What averages the gradients of the rest comes with the optimizers."""
         module = self.lightning_module
         assert module is not None
-        num_examples = batch_size_of(module.trainer)
-        if num_examples is not None:
-            num_examples *= self.world_size
+        sizes = self._all_told(batch_size_of(module.trainer))
+        num_examples = None if None in sizes else sum(sizes)
         if self.world_size > 1:
             # A group of its own: DDP's messages must not come between those of the passes.
             group = dist.new_group(timeout=self._timeout)
@@ -201,6 +200,12 @@ class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
         self.layout = plan_hybrid(module, self.world_size, self._overrides, num_examples, measure)
         if self.world_size > 1:
             self._place(module, self.layout)
+
+    def _all_told(self, value: Any) -> list[Any]:
+        told: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(told, value)
+        return told
 
     def _measure(self) -> Speeds:
         speeds = measure_speeds(self._columns, self.root_device)

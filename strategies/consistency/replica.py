@@ -122,6 +122,7 @@ class Replica:
         self._courier = Courier()
         self._carried_before = (0, 0)
         self._watch = EditWatch(parameters, owners)
+        self._owners = owners
         self._kept: list[Tensor] = []
         self._expected: list[Tensor] | None = None  # what unedited weights are, if not what was fetched last
         self._pending: deque[tuple[int, int, int]] = deque()  # sequence, buffer and version of fetches under way
@@ -309,6 +310,7 @@ class Replica:
         edits: dict[int, Tensor] = {}
         if not look and not self._watch.may_be_edited():
             return edits
+        self._follow_owners()
         for piece in self._fetch_pieces:
             parameter = self.parameters[piece.parameter]
             here = self._rows.of(piece.parameter, parameter)[piece.start : piece.stop].cpu()
@@ -325,6 +327,13 @@ class Replica:
         self._watch.reset()
         # A weight that has become NaN equals nothing, and was not edited for that.
         return {index: edited for index, edited in edits.items() if not bool(edited.isnan().all())}
+
+    def _follow_owners(self) -> None:
+        """Look at the memory that parameters have now: whoever sets ``data`` gives them another."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for owner, parameter in zip(self._owners or (), self.parameters, strict=False):
+                if owner is not parameter and owner.data_ptr() != parameter.data_ptr():
+                    parameter.data = owner.detach().as_subclass(Tensor)
 
     @torch.no_grad()
     def write(self, edits: Mapping[int, Tensor]) -> None:

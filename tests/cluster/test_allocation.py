@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from squall._allocation import check_allocation
+from squall._allocation import check_allocation, dead_nodes
+from squall._requeue import Requeue
 from tests.cluster.jobs import head, run, said
 from tests.cluster.slurm import Slurm, why_not
 from tests.required import needs
@@ -52,3 +57,25 @@ def test_gpus_of_one_task_are_no_gpus_of_a_node(monkeypatch: pytest.MonkeyPatch)
     check_allocation(SLURMEnvironment(), 4, 2, on_gpu=True)
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # where Lightning looks at nothing
     check_allocation(SLURMEnvironment(), 1, 1, on_gpu=True)
+
+
+def test_nodes_are_dead_only_to_those_who_can_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = ("127.0.0.1", 1)
+    monkeypatch.setenv("SLURM_NODELIST", "n[1-2]")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    with socket.create_server(("127.0.0.1", 0)) as daemon:
+        here = daemon.getsockname()
+        monkeypatch.setattr("squall._allocation._addresses", lambda nodes: {"n1": here, "n2": nowhere})
+        assert dead_nodes() == ["n2"]
+        monkeypatch.setattr("squall._allocation._addresses", lambda nodes: {"n1": nowhere, "n2": nowhere})
+        assert dead_nodes() == []
+
+
+@pytest.mark.parametrize(("is_given", "elsewhere"), [(False, False), (True, False), (False, True)])
+def test_only_what_was_saved_for_the_job_is_removed(tmp_path: Path, is_given: bool, elsewhere: bool) -> None:
+    path = tmp_path / "hpc_ckpt_7.ckpt"
+    path.touch()
+    root = tmp_path / "root" if elsewhere else tmp_path
+    trainer: Any = SimpleNamespace(ckpt_path=str(path), default_root_dir=str(root), is_global_zero=True)
+    Requeue(signal.SIGUSR1, False, is_given).forget(trainer)
+    assert path.exists() == (is_given or elsewhere)

@@ -299,14 +299,17 @@ class Forward(Net):
         return self.net(x)
 
 
-def _fit_measured(path: str, layout: str, link: float, size: int = 8) -> tuple[dict[str, str], Any]:
+def _fit_measured(
+    path: str, layout: str, link: float, size: int = 8, num_replicas: int = 1
+) -> tuple[dict[str, str], Any]:
     torch.manual_seed(1)
     module = Forward().double()
     if size:
         module.example_input_array = torch.zeros(1, 3, size, size, dtype=torch.float64)
     strategy = squall.ColumnParallelStrategy(2, layout=layout)
     with patch("squall._placed.measure_speeds", lambda *_: Speeds(1e11, 1e10, link, 0.0)):
-        _trainer(path, strategy, max_epochs=2).fit(module, DataLoader(_samples(), batch_size=4))
+        options = {"max_epochs": 2, "devices": 2 * num_replicas}
+        _trainer(path, strategy, **options).fit(module, DataLoader(_samples(), batch_size=4))
     assert strategy.layout is not None
     return strategy.layout.to_dict(), _state(module)
 
@@ -326,3 +329,15 @@ def test_a_measured_layout_is_by_the_link_and_the_function_is_the_same(tmp_path:
 def test_a_measured_layout_needs_to_know_a_step(tmp_path: Path, size: int, message: str) -> None:
     with pytest.raises(RankError, match=rf"{message}.* use layout='auto'"):
         run(2, _fit_measured, str(tmp_path), "measured", 1e10, size, lightning=True)
+
+
+def _fit_measured_otherwise(path: str) -> dict[str, str]:
+    """The second replica would have the slow link."""
+    link = 1e12 if int(os.environ["RANK"]) < 2 else 1e4
+    return _fit_measured(path, "measured", link, num_replicas=2)[0]
+
+
+def test_replicas_have_one_layout(tmp_path: Path) -> None:
+    first, *others = run(4, _fit_measured_otherwise, str(tmp_path), lightning=True)
+    assert "columns" in first.values()
+    assert all(other == first for other in others)

@@ -270,6 +270,57 @@ def test_columns_see_one_batch_and_their_edits_are_kept() -> None:
     assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
+class Halves(Callback):
+    """Gives parameters other memory, as code does that swaps averages in."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if index == 1:
+            for parameter in module.parameters():
+                parameter.data = parameter.data * 0.5
+
+
+def _halved(num_columns: int) -> dict[str, Tensor]:
+    module, _ = _trained({"num_columns": num_columns}, ("SGD", {}), callbacks=[Halves()])
+    return whole(module)
+
+
+def test_parameters_in_other_memory_go_on_from_there() -> None:
+    alone = run(1, _halved, 1, lightning=True)[0]
+    for seen in run(2, _halved, 2, lightning=True):
+        for key, value in alone.items():
+            assert torch.allclose(seen[key], value, rtol=0, atol=1e-10), key
+
+
+class ByHand(Net):
+    """Steps within its step, when running statistics are older than that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def _by_hand(num_columns: int) -> dict[str, Tensor]:
+    module = ByHand()
+    strategy = squall.DownpourStrategy(num_columns=num_columns)
+    trainer(strategy).fit(module, DataLoader(images(), batch_size=4))
+    return whole(module)
+
+
+def test_statistics_are_of_the_last_batch_though_steps_are_made_by_hand() -> None:
+    alone = run(1, _by_hand, 1, lightning=True)[0]
+    for seen in run(2, _by_hand, 2, lightning=True):
+        for key, value in alone.items():
+            assert torch.allclose(seen[key], value, rtol=0, atol=1e-10), key
+
+
 # ------------------------------------------------------------------ kill -9
 
 
@@ -314,6 +365,17 @@ def test_a_killed_rank_of_the_leaders_replica_is_the_leader_lost(job: Start) -> 
     assert checkpoint["state_dict"]["updates"].eq(checkpoint["global_step"]).all()
     assert checkpoint["state_dict"]["net.0.weight"].shape == (5, 4)
     assert started.output.count("All that it had learned is in") >= 1
+
+
+def test_columns_that_are_told_to_end_do(job: Start) -> None:
+    program = """
+def hook(trainer, step):
+    if trainer.global_rank == 0 and step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+    started = job(4, program + "main(num_columns=2)").start()
+    started.wait()  # which fails if they don't
+    assert list(started.folder.glob("rank0-lost-step=*.ckpt"))
 
 
 def test_a_stopped_rank_stops_its_replica_which_joins_again(job: Start) -> None:
