@@ -58,7 +58,7 @@ def num_devices(cfg: DictConfig) -> int:
         if strategy.get(ranks) is not None:
             per_replica = math.prod(strategy[ranks]) if isinstance(strategy[ranks], ListConfig) else strategy[ranks]
             is_downpour = str(strategy.get("_target_", "")).endswith("DownpourStrategy")  # of one replica it is none
-            num_replicas = 2 if is_downpour else int(strategy.get("data_parallel_size") or 1)
+            num_replicas = max(2, num_nodes) if is_downpour else int(strategy.get("data_parallel_size") or 1)
             num_ranks = int(per_replica) * num_replicas
             if num_ranks % num_nodes:
                 raise UserError(

@@ -105,9 +105,14 @@ class MaskedStrategy(Strategy):
         if is_new:
             seed = torch.initial_seed() if self.sparsity.seed is None else self.sparsity.seed
             share = _from_first if self._is_shared else None
+            parts = self._find_parts()
+            told = {} if parts is None else {"parts": parts}  # an algorithm of a user's may know of none
             self._training = self.sparsity.new_training(
-                self.lightning_module, parameters, self._shared_seed(seed), share, self._part_done, self._find_parts()
+                self.lightning_module, parameters, self._shared_seed(seed), share, self._part_done, **told
             )
+        else:
+            assert self._training is not None
+            self._training.hold(self._find_parts())
         assert self._training is not None
         self._training.expect(trainer.max_epochs, hurried=bool(getattr(trainer, "fast_dev_run", False)))
         if isinstance(self._training, CompressingTraining):
@@ -285,13 +290,16 @@ class MaskedStrategy(Strategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write the masks too; what callbacks have put in place of the weights gets its zeros here."""
+        self._add_masks(checkpoint)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _add_masks(self, checkpoint: dict[str, Any]) -> None:
         training, module = self._training, self.lightning_module
         if training is not None and self.sparsity is not None and module is not None:
             named = _parameters_of(module)
             if all(named.get(name) is parameter for name, parameter in training.parameters.items()):
                 checkpoint[KEY] = training.state_dict() | settings_of(self.sparsity, training.parameters)
                 checkpoint["state_dict"] = training.masked_state_dict(checkpoint["state_dict"])
-        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # ------------------------------------------------------------------ the end
 
@@ -304,6 +312,11 @@ class MaskedStrategy(Strategy):
             if self.is_global_zero:
                 self.compression_report = write_compressed(self.lightning_module, self._training)
             self.barrier("compressed")  # the file is there for every rank
+
+    def _hold_whole_masks(self) -> None:
+        """Before the module is whole again."""
+        if self._training is not None:
+            self._training.hold(None)
 
     def teardown(self) -> None:
         """Leave the optimizers alone; the masks stay, for a fit that goes on."""

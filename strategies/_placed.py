@@ -173,6 +173,7 @@ class PlacedStrategy(SplitSteps, MaskedStrategy, MeshStrategy):
         if self.lightning_module is not None and not self._columns.closed:
             for optimizer in self.optimizers:
                 gather_optimizer_state(optimizer)
+            self._hold_whole_masks()
             unplace(self.lightning_module)
         self._release()
         if self._stance is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
@@ -22,6 +23,7 @@ from ._asynchronous import parameters_of
 from ._live_ranks import digest
 from ._masked import MaskedStrategy
 from ._replica_columns import ReplicasInColumns
+from ._updating import OWN_STATE
 from .consistency import snapshot as snapshots
 from .consistency.client import RevokedError
 from .consistency.events import from_pairs, num_ranks, pack
@@ -512,6 +514,16 @@ class DownpourStrategy(MaskedStrategy, ReplicasInColumns):
     def _state_at(self, shot: snapshots.Snapshot) -> dict[str, Any]:
         state = super()._state_at(shot)
         return state | {"owed": list(shot.owed)} if shot.owed else state
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file of any strategy, compressed or not; of one whose weights alone are taken, no run goes on."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._resumed = dict(checkpoint.get(OWN_STATE) or {}) if "loops" in checkpoint else {}
+        return checkpoint
+
+    def _write_as_successor(self, checkpoint: dict[str, Any], path: _PATH) -> None:
+        self._add_masks(checkpoint)
+        super()._write_as_successor(checkpoint, path)
 
     # ------------------------------------------------------------------ out of the loop
 

@@ -156,6 +156,7 @@ class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
                 f"codec={codec!r} and ddp_comm_hook are two ways to send gradients. Leave one of them out."
             )
         self._owed: Mapping[str, Any] | None = None  # of a checkpoint: what codes had lost
+        self._coded: list[str] = []
         self._deepspeed_config = _zero.read_config(deepspeed_config, zero_stage)
         self._engine: _zero.ZeroEngine | None = None
         self._columns = ExampleColumns(None, 0, 1, scheme)
@@ -289,15 +290,23 @@ class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
         That is so little that its buckets would take all of it, and none could leave before the backward pass is over.
         """
         assert self.lightning_module is not None
-        parameters = [p for p in self.lightning_module.parameters() if p.requires_grad]
-        num_bytes = sum(p.numel() * p.element_size() for p in parameters if not isinstance(p, ColumnParameter))
+        averaged = {
+            name: parameter
+            for name, parameter in self.lightning_module.named_parameters()
+            if parameter.requires_grad and not isinstance(parameter, ColumnParameter)
+        }
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in averaged.values())
         self._ddp_kwargs.setdefault("bucket_cap_mb", min(max(num_bytes / _NUM_BUCKETS / 2**20, 0.1), 25))
         super().configure_ddp()
         if self._codes is None or self.world_size == 1:
             return
         assert isinstance(self.model, DistributedDataParallel)
-        if self._owed is not None:
-            self._codes.load_state_dict(self._owed)
+        self._coded = list(averaged)[::-1]  # as their residuals are numbered
+        if self._owed is not None:  # maybe under another layout
+            known = dict(zip(self._owed.get("names", self._coded), self._owed["residuals"], strict=False))
+            rows = [known.get(name, torch.zeros(averaged[name].numel())) for name in self._coded]
+            self._codes.load_state_dict({**self._owed, "residuals": rows})
+            self._owed = None
         self.model.register_comm_hook(self._codes, codec_hook)
 
     # ------------------------------------------------------------------ steps
@@ -470,16 +479,23 @@ class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file, or a directory that columns have written."""
+        self._owed = None
         if distributed_checkpoint.is_distributed(Path(checkpoint_path)):
             return distributed_checkpoint.read_whole(Path(checkpoint_path))
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        self._owed = checkpoint.get(_CODEC)
+        if self._trainer_is_fitting:
+            self._owed = checkpoint.get(_CODEC)
         return checkpoint
+
+    @property
+    def _trainer_is_fitting(self) -> bool:
+        module = self.lightning_module
+        return module is not None and module.trainer.state.fn == TrainerFn.FITTING
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write one plain file, with the mean of what the ranks' codes have lost, if they make up for it later."""
         if self._codes is not None and self._codes.codec.has_residual:
-            checkpoint[_CODEC] = self._codes.mean_state_dict()
+            checkpoint[_CODEC] = self._codes.mean_state_dict() | {"names": self._coded}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # ------------------------------------------------------------------ the end
@@ -498,6 +514,7 @@ class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
         if module is not None and not self._columns.closed:
             for optimizer in self.optimizers:
                 gather_optimizer_state(optimizer)
+            self._hold_whole_masks()
             unplace(module)
         if module is not None and hasattr(module, "_ddp_params_and_buffers_to_ignore"):
             for parameter in module.parameters():

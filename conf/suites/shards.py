@@ -169,6 +169,7 @@ def _replica(optimizer: Any) -> Replica:
     from squall.consistency.optimizers import carry, carry_groups, try_state
     from squall.consistency.plan import ParameterInfo, make_plan
     from squall.consistency.replica import Replica
+    from squall.consistency.rows import Rows
     from squall.consistency.shard import ShardSpec
     from squall.consistency.staleness import StalenessRule
     from squall.consistency.updates import SliceMemory
@@ -183,7 +184,7 @@ def _replica(optimizer: Any) -> Replica:
     client = Client(address, 0, int(run["run"]), heartbeat=5.0)
     names = host.request({"op": "memory", "num_bytes": [slice_.num_bytes for slice_ in plan.slices]})["names"]
     memories = [SliceMemory(Segment(name), slice_) for name, slice_ in zip(names, plan.slices, strict=True)]
-    snapshot.fill(memories, parameters, [optimizer])
+    snapshot.fill(memories, Rows(parameters), [optimizer])
     spec = ShardSpec(plan, (carry(optimizer),), carry_groups([optimizer]), StalenessRule(), "fp32", 2)
     host.request({"op": "go", "version": 0}, pickle.dumps(spec))
     replica = Replica(client, plan, parameters, str(run["name"]))

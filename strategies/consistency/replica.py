@@ -209,6 +209,8 @@ class Replica:
             rows: Of each whole parameter, flat.
 
         """
+        if not self._encoder.has_residuals:
+            return
         shaped = [row.view(parameter.shape) for row, parameter in zip(rows, self.parameters, strict=True)]
         self._encoder.owe([self._rows.of(index, row) for index, row in enumerate(shaped)])
 

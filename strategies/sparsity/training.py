@@ -84,6 +84,19 @@ class MaskedTraining:
 
         """
 
+    @torch.no_grad()
+    def hold(self, parts: Parts | None) -> None:
+        """Hold parts of weights from here on. All ranks call it, while what they have held is where it was.
+
+        Args:
+            parts: What this rank holds of each; None for all of each.
+
+        """
+        whole = {name: self._whole(self.parameters[name], value) for name, value in self._momentum.items()}
+        self._parts = Parts() if parts is None else parts
+        self._momentum = {name: self._parts.take(self.parameters[name], value) for name, value in whole.items()}
+        self._dead = {name: self._parts.take(self.parameters[name], ~mask) for name, mask in self.masks.items()}
+
     def metrics(self) -> dict[str, float]:
         """What there is to log at the beginning of an epoch, beside densities."""
         return {"sparsity/prune_rate": self.last_update.prune_rate}

@@ -18,6 +18,7 @@ from squall.consistency.memory import Segment
 from squall.consistency.optimizers import carry, carry_groups, hyperparameters, try_state, unpack, unpack_groups
 from squall.consistency.packing import Encoder
 from squall.consistency.plan import ParameterInfo, Plan, StateEntry, Unit, make_plan
+from squall.consistency.rows import Rows
 from squall.consistency.staleness import MEAN_SQUARE, StalenessRule
 from squall.consistency.updates import SliceMemory, Updater
 
@@ -93,7 +94,7 @@ class Slices:
         self.segments = [
             Segment(name, slice_.num_bytes) for name, slice_ in zip(self.names, self.plan.slices, strict=True)
         ]
-        snapshot.fill(self.memories(), self.parameters, self.optimizers)
+        snapshot.fill(self.memories(), Rows(self.parameters), self.optimizers)
         self._encoder = Encoder("fp32", self.plan)
 
     def memories(self) -> list[SliceMemory]:

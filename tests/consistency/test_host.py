@@ -29,6 +29,7 @@ from squall.consistency.memory import Segment
 from squall.consistency.optimizers import carry, carry_groups, try_state
 from squall.consistency.plan import ParameterInfo, StateEntry, make_plan
 from squall.consistency.replica import Replica
+from squall.consistency.rows import Rows
 from squall.consistency.shard import ShardSpec
 from squall.consistency.staleness import MEAN_SQUARE, StalenessRule
 from squall.consistency.updates import SliceMemory
@@ -292,7 +293,7 @@ class RealRun:
         sizes = [slice_.num_bytes for slice_ in self.plan.slices]
         names = process.request({"op": "memory", "num_bytes": sizes})["names"]
         memories = [SliceMemory(Segment(name), slice_) for name, slice_ in zip(names, self.plan.slices, strict=True)]
-        snapshot.fill(memories, self.parameters, [optimizer])
+        snapshot.fill(memories, Rows(self.parameters), [optimizer])
         num_buffers = 3 if self.rule.compensates else 2
         spec = ShardSpec(self.plan, (carry(optimizer),), carry_groups([optimizer]), self.rule, "fp32", num_buffers)
         process.request({"op": "go", "version": 0}, pickle.dumps(spec))
