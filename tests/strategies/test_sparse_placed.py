@@ -213,6 +213,31 @@ def _save_sgd(path: str, where: str, num_ranks: int) -> None:
     _fit(path, where, num_ranks, "momentum", "sgd", callbacks=[keep], max_epochs=1)
 
 
+def _fit_twice(path: str, where: str, num_ranks: int) -> dict[str, Tensor]:
+    trainer = Trainer(
+        strategy=STRATEGIES[where](MAKERS["momentum"]()), accelerator="cpu", devices=num_ranks, max_epochs=1,
+        default_root_dir=path, precision="64-true", use_distributed_sampler=False, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    module = Net("sgd")
+    trainer.fit(module, loader(1))
+    trainer.save_checkpoint(f"{path}/{where}.ckpt")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(1))
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_what_is_saved_after_fit_is_whole_and_another_fit_goes_on(tmp_path: Path) -> None:
+    expected = run(1, _fit_twice, str(tmp_path), "whole", 1, lightning=True)[0]
+    alone = torch.load(tmp_path / "whole.ckpt", weights_only=False)["sparsity"]["momentum"]
+    for weights in run(2, _fit_twice, str(tmp_path), "columns", 2, lightning=True):
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-10, atol=1e-12)
+    columns = torch.load(tmp_path / "columns.ckpt", weights_only=False)["sparsity"]["momentum"]
+    for name, value in alone.items():
+        torch.testing.assert_close(columns[name], value, rtol=1e-10, atol=1e-12)
+
+
 # ------------------------------------------------------------------ what can't be
 
 
