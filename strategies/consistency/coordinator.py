@@ -357,7 +357,7 @@ class Coordinator:
             return self._begins_in_vain(worker, header)
         if not worker.joined:  # and not just once more, with another mailbox
             worker.clock = self._slowest_clock(but=worker)
-            worker.finished = worker.idle = False
+            worker.finished = worker.is_leaving = worker.idle = False
         worker.joined = worker.in_loop = True
         worker.displaced = False
         return self._answer(worker, header, {"version": self.version, "num_shards": self.commands.num_shards})

@@ -22,6 +22,7 @@ class Worker:
     joined: bool = False
     in_loop: bool = False
     finished: bool = False
+    is_leaving: bool = False  # it has asked for the end, and computes nothing more
     displaced: bool = False  # shards that it had a mailbox at are somewhere else: it has to join again
     comes_back: bool = False  # lost, and started again later, in the schedule that is replayed
     idle: bool = False  # waits for data: holds nobody up

@@ -257,11 +257,14 @@ class BatchCoordinator(Coordinator):
         if self.portions.has_any(worker.key):
             return False  # it would wait for itself
         return self._is_thinking or any(
-            other is not worker and other.in_loop and not other.finished for other in self.live
+            other is not worker and other.in_loop and not (other.finished or other.is_leaving) for other in self.live
         )
 
     def _on_leave(self, worker: Worker, header: Header, payload: bytes) -> bool:
         """The end of a worker's loop: with what the last evaluation has led to."""
+        if not worker.is_leaving:  # what it was dealt ahead it won't compute, and the leader may wait for it
+            worker.is_leaving = True
+            self.portions.revoke(worker.key)
         if worker.rank == LEADER and self._is_thinking and not self.failure:
             return False
         leader = self.workers.get(LEADER)
