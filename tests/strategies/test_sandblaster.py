@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from squall import SandblasterStrategy
+from tests.conf.programs import environment as launched_anew
 from tests.ranks import run
 
 from . import sandblaster_programs as programs
@@ -138,7 +138,7 @@ def run_with_a_killed_rank(path: Path, rank: int, backup_portions: bool = True) 
         f"if __name__ == '__main__':\n    fit_with_a_killed_rank({str(path)!r}, {rank}, {backup_portions})\n"
     )
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = launched_anew(PYTHONPATH=str(root), OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, str(script)], cwd=path, env=environment, capture_output=True, timeout=200)
     return done.returncode
 
