@@ -248,15 +248,18 @@ class MaskedStrategy(Strategy):
             checkpoint = CompressedCheckpointIO().load_checkpoint(checkpoint_path)
         else:
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        module = self.lightning_module
-        fitting = module is not None and module.trainer.state.fn == TrainerFn.FITTING
         starts = self.sparsity.starts_from_weights or not {"loops", "optimizer_states", "epoch"} & checkpoint.keys()
-        if not fitting or not starts or KEY in checkpoint:
+        if not self._is_fitting or not starts or KEY in checkpoint:
             return checkpoint
         rank_zero_info("The checkpoint has no masks: its weights are where this training begins, with epoch 0.")
         left_out = ("loops", "callbacks")
         kept = {key: value for key, value in checkpoint.items() if key not in left_out}
         return kept | {"optimizer_states": [], "lr_schedulers": []}
+
+    @property
+    def _is_fitting(self) -> bool:
+        module = self.lightning_module
+        return module is not None and module.trainer.state.fn == TrainerFn.FITTING
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, and the masks if they are to be trained."""

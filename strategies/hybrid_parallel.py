@@ -483,14 +483,9 @@ class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
         if distributed_checkpoint.is_distributed(Path(checkpoint_path)):
             return distributed_checkpoint.read_whole(Path(checkpoint_path))
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        if self._trainer_is_fitting:
+        if self._is_fitting:
             self._owed = checkpoint.get(_CODEC)
         return checkpoint
-
-    @property
-    def _trainer_is_fitting(self) -> bool:
-        module = self.lightning_module
-        return module is not None and module.trainer.state.fn == TrainerFn.FITTING
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write one plain file, with the mean of what the ranks' codes have lost, if they make up for it later."""

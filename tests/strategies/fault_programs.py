@@ -375,3 +375,6 @@ class Job:
 
 if __name__ == "__main__":
     _nurse()
+
+
+Start = Callable[..., Job]  # as the fixture `job` is one

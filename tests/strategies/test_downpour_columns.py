@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,10 @@ import squall
 from squall.placement.tensor import SplitParameter, local_view
 from tests.ranks import run
 
-from .fault_programs import Job, Nursery, poll
+from .fault_programs import Start, poll
 from .test_downpour_faults import check, is_stopped, lockstep
 
 pytestmark = pytest.mark.asynchronous
-
-Start = Callable[..., Job]
 
 
 class Net(LightningModule):
@@ -81,6 +78,11 @@ def whole(module: LightningModule) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
+def check_equal(seen: dict[str, Tensor], alone: dict[str, Tensor]) -> None:
+    for key, value in alone.items():
+        assert torch.allclose(seen[key], value, rtol=0, atol=1e-10), key
+
+
 def _trained(
     strategy: str | dict[str, Any], optimizer: tuple[str, dict[str, Any]], ckpt: str = "", **options: Any
 ) -> tuple[Net, Trainer]:
@@ -129,8 +131,7 @@ def test_one_replica_in_columns_is_one_device(
 ) -> None:
     alone, fitter = _trained("auto", optimizer, devices=1, **options)
     for seen in run(num_columns, _compared, num_columns, strategy, optimizer, options, lightning=True):
-        for key, value in alone.state_dict().items():
-            assert torch.allclose(seen["weights"][key], value, rtol=0, atol=1e-10), key
+        check_equal(seen["weights"], alone.state_dict())
         assert seen["steps"] == fitter.global_step
         assert seen["validated"] == alone.validated, "the columns of a replica validate the same samples"
         assert seen["local"]["net.7.weight"] == (7, 75), "the last layer is whole, on every rank"
@@ -289,8 +290,7 @@ def _halved(num_columns: int) -> dict[str, Tensor]:
 def test_parameters_in_other_memory_go_on_from_there() -> None:
     alone = run(1, _halved, 1, lightning=True)[0]
     for seen in run(2, _halved, 2, lightning=True):
-        for key, value in alone.items():
-            assert torch.allclose(seen[key], value, rtol=0, atol=1e-10), key
+        check_equal(seen, alone)
 
 
 class ByHand(Net):
@@ -317,31 +317,10 @@ def _by_hand(num_columns: int) -> dict[str, Tensor]:
 def test_statistics_are_of_the_last_batch_though_steps_are_made_by_hand() -> None:
     alone = run(1, _by_hand, 1, lightning=True)[0]
     for seen in run(2, _by_hand, 2, lightning=True):
-        for key, value in alone.items():
-            assert torch.allclose(seen[key], value, rtol=0, atol=1e-10), key
+        check_equal(seen, alone)
 
 
 # ------------------------------------------------------------------ kill -9
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture
-def job(nursery: Nursery, tmp_path: Path) -> Iterator[Start]:
-    jobs: list[Job] = []
-
-    def make(num_ranks: int, statement: str) -> Job:
-        jobs.append(Job(tmp_path, nursery, num_ranks, statement))
-        return jobs[-1]
-
-    yield make
-    for made in jobs:
-        made.end()
 
 
 @pytest.mark.parametrize("victim", [2, 3])

@@ -7,40 +7,15 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .fault_programs import Job, Nursery, poll
+from .fault_programs import Job, Start, poll
 
 pytestmark = pytest.mark.asynchronous
-
-Start = Callable[..., Job]
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture
-def job(nursery: Nursery, tmp_path: Path) -> Iterator[Start]:
-    jobs: list[Job] = []
-
-    def make(num_ranks: int, statement: str) -> Job:
-        folder = tmp_path / str(len(jobs))
-        folder.mkdir()
-        jobs.append(Job(folder, nursery, num_ranks, statement))
-        return jobs[-1]
-
-    yield make
-    for made in jobs:
-        made.end()
 
 
 def check(job: Job, survivors: list[int], num: int = 64, epochs: int = 2, **expected: Any) -> dict[str, Any]:
