@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,18 +17,19 @@ from squall.conf.main import explain
 from squall.conf.suites.headlines import headlines_of
 
 
-def measure(names: Sequence[str] | None, settings: Mapping[str, Mapping[str, Any]] | None) -> SuiteResult:
+def measure(names: Sequence[str] | None, settings: Mapping[str, Sequence[str]] | None) -> SuiteResult:
     """Run suites and write what each of them has found, beside a table of all.
 
     Args:
         names: Of the suites; None for all.
-        settings: By name, entries of a suite's file that are to be others; None for none.
+        settings: By name, what of a suite's file is to be otherwise, as on the command line: ``num_rounds=1``,
+            ``~nets.LeNet5``; None for nothing.
 
     Returns:
         A row a suite: how long it took, what it comes to, and what falls short.
 
     Raises:
-        MisconfigurationException: If there is no suite of such a name.
+        MisconfigurationException: If there is no suite of such a name, or settings aren't lists of ``entry=value``.
 
     """
     there = [name for name in suites() if name != "all"]
@@ -35,12 +37,17 @@ def measure(names: Sequence[str] | None, settings: Mapping[str, Mapping[str, Any
     unknown = sorted({*chosen, *settings} - {*there})
     if unknown:
         raise MisconfigurationException(f"There is no suite {', '.join(unknown)}. There are: {', '.join(there)}.")
+    for name, entries in settings.items():
+        if isinstance(entries, str | Mapping) or not all(isinstance(entry, str) for entry in entries):
+            raise MisconfigurationException(
+                f"settings.{name}={entries} must be a list of what is to be otherwise, such as [num_rounds=1]."
+            )
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
     for name in chosen:
         begin = time.perf_counter()
         try:
-            result = _run(name, settings.get(name, {}))
+            result = _run(name, settings.get(name, ()))
             write(result, Path(HydraConfig.get().runtime.output_dir) / name)
             comes_to = "; ".join(f"{what}: {figure}" for what, figure in headlines_of(name, result.rows))
             short = list(result.failures)
@@ -52,11 +59,8 @@ def measure(names: Sequence[str] | None, settings: Mapping[str, Mapping[str, Any
     return SuiteResult("Everything", rows, "Each suite's own table lies beside this one.", failures=failures)
 
 
-def _run(name: str, settings: Mapping[str, Any]) -> SuiteResult:
-    config = hydra.compose("bench", overrides=[f"suite={name}"]).suite
-    for key, value in settings.items():
-        if key not in config:
-            raise MisconfigurationException(f"settings.{name}.{key}: the suite has no such entry.")
-        config[key] = value
+def _run(name: str, settings: Sequence[str]) -> SuiteResult:
+    own = [re.sub(r"^([~+]*)", r"\1suite.", entry) for entry in settings]
+    config = hydra.compose("bench", overrides=[f"suite={name}", *own]).suite
     result: SuiteResult = hydra.utils.instantiate(config)
     return result

@@ -54,6 +54,7 @@ STRATEGIES = (
     Entry("column_parallel", 2, 1, "column_parallel"),
     Entry("column_parallel 2x2", 4, 2, "column_parallel"),
     Entry("spatial_parallel", 2, 1, "spatial_parallel"),
+    Entry("hybrid_parallel", 2, 2, "hybrid_parallel"),
     Entry("downpour", 1, 1, "downpour"),
     Entry("downpour 2 workers", 2, 1, "downpour", exact=False),
     Entry("hogwild", 1, 1, "hogwild"),
