@@ -167,6 +167,11 @@ class Cell:
         return self.entry.strategy == "column_parallel"
 
     @property
+    def splits_weights(self) -> bool:
+        """Whether a rank holds a part of some weights."""
+        return self.entry.strategy in ("column_parallel", "hybrid_parallel")
+
+    @property
     def shares_batches(self) -> bool:
         """Whether several ranks hold one replica of the module, and see the same batches."""
         return self.entry.strategy in ("column_parallel", "spatial_parallel")

@@ -57,7 +57,16 @@ def _loss(output: Tensor) -> Tensor:
     return (torch.tanh(output) * weights).sum(1).mean()
 
 
-def _check(build: Callable[[], nn.Module], shape: tuple[int, ...], scheme: Scheme, sizes: list[int]) -> list[Any]:
+def _penalized(output: Tensor, x: Tensor) -> Tensor:
+    """The loss, and a penalty on the gradients of its inputs."""
+    loss = _loss(output)
+    (grad,) = torch.autograd.grad(loss * len(output), x, create_graph=True)
+    return loss + (grad.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def _check(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], scheme: Scheme, sizes: list[int], penalty: bool = False
+) -> list[Any]:
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(7)
@@ -69,13 +78,15 @@ def _check(build: Callable[[], nn.Module], shape: tuple[int, ...], scheme: Schem
             place(placed, plan_hybrid(placed, columns.num_columns), columns)
         columns.start_step(sizes[columns.rank])
         x = everything.clone().requires_grad_()
-        parts = alone(x).split(sizes)
-        torch.stack([_loss(part) for part in parts]).mean().backward()
+        inputs = x.split(sizes)
+        parts = [alone(part) for part in inputs]
+        losses = [_penalized(*pair) if penalty else _loss(pair[0]) for pair in zip(parts, inputs, strict=True)]
+        torch.stack(losses).mean().backward()
 
         own = everything.split(sizes)[columns.rank].clone().requires_grad_()
         output = placed(own)
         assert type(output) is Tensor
-        _loss(output).backward()
+        (_penalized(output, own) if penalty else _loss(output)).backward()
         assert own.grad is not None
         assert x.grad is not None
         assert_close(output.detach(), parts[columns.rank].detach(), "output")
@@ -107,6 +118,12 @@ def test_parity(name: str, scheme: Scheme, num_ranks: int) -> None:
 def test_ranks_with_other_numbers_of_examples(scheme: Scheme) -> None:
     """Fewer examples than passes on one rank, and more on another."""
     run(4, _check, *NETS["uneven"], scheme, [5, 1, 3, 2])
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [5, 1, 3, 2]])
+@pytest.mark.parametrize("scheme", ["a", "c"])
+def test_gradients_of_gradients(scheme: Scheme, sizes: list[int]) -> None:
+    run(len(sizes), _check, *NETS["uneven"], scheme, sizes, penalty=True)
 
 
 @pytest.mark.parametrize(("scheme", "num_passes"), [("a", 1), ("b", 4), ("c", 4)])

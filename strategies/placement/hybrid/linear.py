@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..columns import Columns
 from ..tensor import Spec
 from .schemes import Pass, Scheme, deal_passes
+from .twice import differentiable_gradients
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class _LinearInPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tensor:
         columns: ExampleColumns = spec.columns  # type: ignore[assignment]
+        saved = rows, weight
         weight = weight.detach().as_subclass(Tensor)
         bias = None if bias is None else bias.detach().as_subclass(Tensor)
         passes = deal_passes(columns.scheme, columns.agree(spec.name, False, len(rows), rows.device))
@@ -140,17 +141,20 @@ class _LinearInPasses(torch.autograd.Function):
         outgoing = [rows.detach().contiguous()] * columns.num_columns
         returned = in_passes((columns, spec.name, False), passes, outgoing, compute, spec.partition.sizes)
         ctx.spec, ctx.passes, ctx.has_bias = spec, passes, bias is not None
-        ctx.save_for_backward(weight, *(blocks if ctx.needs_input_grad[1] else ()))
+        ctx.save_for_backward(*saved, *(blocks if ctx.needs_input_grad[1] else ()))
         return torch.cat(returned, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         spec: Spec = ctx.spec
         columns: ExampleColumns = spec.columns  # type: ignore[assignment]
-        weight, *blocks = ctx.saved_tensors
+        rows, weight, *blocks = ctx.saved_tensors
         of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
-        columns.agree(spec.name, True, len(grad), grad.device)
+        num_examples = columns.agree(spec.name, True, len(grad), grad.device)
+        if torch.is_grad_enabled():  # create_graph=True
+            wanted = of_inputs, of_weight, of_bias
+            return *differentiable_gradients(rows, weight, grad, spec, num_examples, wanted), None
+        weight = weight.as_subclass(Tensor)
         weight_grad = (torch.empty_like if blocks else torch.zeros_like)(weight) if of_weight else None
         bias_grad = weight.new_zeros(len(weight)) if of_bias else None
         share, saved = 1 / columns.num_columns, iter(enumerate(blocks))

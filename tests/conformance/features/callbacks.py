@@ -124,7 +124,10 @@ def accumulation_scheduler(cell: Cell) -> dict[str, Any]:
 
 @feature(
     "BackboneFinetuning",
-    errors=dict.fromkeys((*ASYNCHRONOUS, *SANDBLASTER), "BackboneFinetuning gives the optimizer more"),
+    errors={
+        **dict.fromkeys((*ASYNCHRONOUS, *SANDBLASTER), "BackboneFinetuning gives the optimizer more"),
+        "hybrid_parallel": "trains nothing but linear layers",
+    },
     wrong=dict.fromkeys(DDP, "never averages what was frozen when it wrapped the module"),
 )
 def finetuning(cell: Cell) -> dict[str, Any]:

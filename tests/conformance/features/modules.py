@@ -110,7 +110,7 @@ def shared(cell: Cell) -> dict[str, Any]:
     return observed
 
 
-@feature("unused parameters", errors=dict.fromkeys(DDP, _UNUSED), late=DDP)
+@feature("unused parameters", errors=dict.fromkeys((*DDP, "hybrid_parallel"), _UNUSED), late=(*DDP, "hybrid_parallel"))
 def unused(cell: Cell) -> dict[str, Any]:
     class Unused(Classifier):
         def __init__(self) -> None:

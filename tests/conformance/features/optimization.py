@@ -221,7 +221,7 @@ def adafactor(cell: Cell) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         observed = cell.fit(Factored())
-    assert warned(caught, "gathers the split weights") == (cell.has_columns and cell.rank == 0)
+    assert warned(caught, "gathers the split weights") == (cell.splits_weights and cell.rank == 0)
     return observed
 
 
