@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from ._due import callbacks_of
 from ._leases import LeasedBatches, leased_batches, seeded
+from .consistency.sandblaster.lbfgs import LbfgsOptions
 
 _INSTEAD = 'or use Trainer(strategy="downpour")'
 _NUM_LOOKED_AT = 4  # samples of a data set
+_SETTINGS = ("lr", "history_size", "tolerance_grad", "tolerance_change")  # of torch's L-BFGS and of ours
 _COUPLED = (SGD, Adam, Adagrad, Adadelta, RMSprop)  # add weight_decay times the weights to the gradient
 
 
@@ -76,12 +78,13 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
-def decays_of(optimizers: Sequence[Optimizer], trainer: Trainer) -> list[float]:
+def decays_of(optimizers: Sequence[Optimizer], trainer: Trainer, options: LbfgsOptions) -> list[float]:
     """What an optimizer that isn't stepped says of the loss: the weight decay of each parameter.
 
     Args:
         optimizers: The module's.
         trainer: For what it would have done besides.
+        options: What counts in place of its own.
 
     Returns:
         A number for each parameter, in the optimizer's order.
@@ -110,7 +113,11 @@ def decays_of(optimizers: Sequence[Optimizer], trainer: Trainer) -> list[float]:
                 )
     is_coupled = isinstance(optimizer, _COUPLED) and not isinstance(optimizer, AdamW)
     is_coupled = is_coupled and not any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
-    unused = [] if isinstance(optimizer, torch.optim.LBFGS) else [f"{type(optimizer).__name__} isn't stepped"]
+    unused = [f"{type(optimizer).__name__} isn't stepped"]
+    if isinstance(optimizer, torch.optim.LBFGS):
+        (group,) = optimizer.param_groups
+        others = [f"{name}={group[name]}" for name in _SETTINGS if group[name] != getattr(options, name)]
+        unused = [f"settings are the Strategy's, and not LBFGS({', '.join(others)})"] if others else []
     if trainer.lr_scheduler_configs:
         unused.append("learning rate schedulers have no effect")
     decays = [float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups for _ in group["params"]]
@@ -171,9 +178,11 @@ def warn_of_random_data(dataset: Any, indices: Sequence[int]) -> None:
 
 
 def _differ(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor):
-        return not first.equal(second)
-    return isinstance(first, np.ndarray) and not np.array_equal(first, second)
+    if isinstance(first, Tensor) and first.layout is not torch.strided:
+        first, second = first.to_dense(), second.to_dense()
+    if not isinstance(first, Tensor | np.ndarray):
+        return False
+    return first.shape != second.shape or bool(((first != second) & ((first == first) | (second == second))).any())
 
 
 def leased_or_error(leased: object, loader: object) -> LeasedBatches:

@@ -18,13 +18,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ._due import callbacks_of
 from .placement.hybrid.updates import hyperparameters_of
 from .placement.tensor import ColumnParameter
 
+_GRADIENT_HOOKS = (
+    "configure_gradient_clipping", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad",
+)  # fmt: skip
 _OURS = ("optimizer", "scheduler", "gradient_clipping", "gradient_accumulation_steps", "fp16", "bf16")
 
 
@@ -263,12 +269,23 @@ def _hooks(layer: nn.Module) -> list[Any]:
 
 def reason_against(module: Any, trainer: Any, optimizers: list[Optimizer], fc_update: str, precision: Any) -> str:
     """Why DeepSpeed can't do what a training needs; empty if it can."""
+    hooks = [
+        f"{type(owner).__name__}.{name}"
+        for owner in (module, *callbacks_of(trainer))
+        for name in _GRADIENT_HOOKS
+        if hasattr(owner, name) and is_overridden(name, owner)
+    ]
     checks: list[tuple[Callable[[], bool], str]] = [
         (lambda: not is_available(), "DeepSpeed is not installed (pip install lightning-squall[deepspeed])"),
         (lambda: fc_update == "pass", "fc_update='pass' adds gradients up over passes"),
         (lambda: not module.automatic_optimization, "optimization is manual"),
         (lambda: trainer.accumulate_grad_batches != 1, "accumulate_grad_batches adds gradients up over batches"),
+        (
+            lambda: any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer)),
+            "GradientAccumulationScheduler adds gradients up over batches",
+        ),
         (lambda: bool(trainer.gradient_clip_val), "gradient_clip_val needs the norm of gradients that are partitioned"),
+        (lambda: bool(hooks), f"{', '.join(hooks)} may look at gradients, and those that are partitioned aren't there"),
         (lambda: getattr(precision, "scaler", None) is not None, "the precision scales the loss"),
         (lambda: len(optimizers) != 1, f"there are {len(optimizers)} optimizers"),
         (

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch.nn.parallel.distributed import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import _zero
+from ._due import callbacks_of
 from ._masked import MaskedStrategy
 from ._placing import INTERRUPTED, batch_size_of, log_graph, num_images, refuse_interrupted, run_eagerly
 from .consistency.hooks import CodecHookState, codec_hook
@@ -236,6 +239,10 @@ class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
             problem = "manual optimization"
         elif trainer.accumulate_grad_batches != 1:
             problem = f"accumulate_grad_batches={trainer.accumulate_grad_batches}"
+        elif any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer)):
+            problem = "GradientAccumulationScheduler"
+        elif is_overridden("configure_gradient_clipping", module):
+            problem = f"{type(module).__name__}.configure_gradient_clipping, as not all gradients are there at once"
         elif trainer.gradient_clip_val:
             problem = f"gradient_clip_val={trainer.gradient_clip_val}, a norm of gradients that are not there at once,"
         elif getattr(self.precision_plugin, "scaler", None) is not None:

@@ -196,7 +196,7 @@ class SandblasterStrategy(UpdatingStrategy):
             assert self.lightning_module is not None
             members = parameters_of(self.optimizers)
             self._parameters = [parameter for parameter, _, _ in members]
-            self._decays = decays_of(self.optimizers, trainer)
+            self._decays = decays_of(self.optimizers, trainer, self.options)
             warn_of_noise(self.lightning_module)
             self._plan = self._make_plan()
 
@@ -403,9 +403,7 @@ class SandblasterStrategy(UpdatingStrategy):
             return SliceMemory(Segment(f"{self._run_name}-s{shard}"), plan.slices[shard])
 
         self._insisting(self.replica.settle)
-        report, weights, self._reached = self._insisting(
-            lambda: read(self.client, attach, len(plan.slices), with_state, after)
-        )
+        report, weights, self._reached = self._insisting(lambda: read(self.client, attach, plan, with_state, after))
         weights = tuple(flat.view(info.shape) for flat, info in zip(weights, plan.parameters, strict=True))
         nothing: tuple[dict[str, Any], ...] = tuple({} for _ in plan.parameters)
         shot = snapshots.Snapshot(int(report["version"]), weights, nothing, {**report, "queue": {}})

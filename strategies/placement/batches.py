@@ -30,13 +30,18 @@ _END = object()
 _SAMPLED = 4096  # elements of a large tensor that enter its fingerprint
 
 
+def _generators(device: torch.device) -> list[Any]:
+    states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state(), None]
+    if device.type == "cuda":
+        states[3] = torch.cuda.get_rng_state(device)
+    return states
+
+
 def synchronize_generators(columns: Columns, device: torch.device) -> None:
     """Give every column the first one's states of torch's, NumPy's and Python's generators."""
     if columns.num_columns == 1:
         return
-    states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state(), None]
-    if device.type == "cuda":
-        states[3] = torch.cuda.get_rng_state(device)
+    states = _generators(device)
     dist.broadcast_object_list(states, src=columns.first, group=columns.group, device=device)
     if columns.rank:
         random.setstate(states[0])
@@ -61,8 +66,20 @@ def fingerprint(batch: Any) -> int:
     return code
 
 
+def _fingerprint_of_generators(device: torch.device) -> int:
+    python, (kind, keys, *rest), *of_torch = _generators(device)
+    code = zlib.crc32(repr((python, kind, rest)).encode())
+    for part in (keys, *(state.numpy() for state in of_torch if state is not None)):
+        code = zlib.crc32(part.tobytes(), code)
+    return code
+
+
 class BatchSupply:
-    """Hands a loader's batches to this column, the same as to the others.
+    """Hands a loader's batches to this column, the same as to the others, and keeps generators in step.
+
+    What a batch's worth of code draws on one column alone (a callback that acts on rank 0, data that only the first
+    column loads) would have the columns draw other dropout masks from there on, so they begin each batch with the first
+    one's generators.
 
     Args:
         columns: The columns of one replica.
@@ -94,7 +111,8 @@ class BatchSupply:
         loader = open_loader() if self.columns.rank == 0 or self.all_load or not self.sends else iter(())
         while True:
             batch = next(loader, _END)
-            if not self.sends and not self._agrees(batch):
+            is_same, is_in_step = (True, False) if self.sends else self._agree(batch)
+            if not is_same:
                 rank_zero_warn(
                     "The columns of a replica loaded different batches: something random in the data does not follow "
                     "the generators that Squall keeps in step (was it drawn before the run, without "
@@ -104,15 +122,19 @@ class BatchSupply:
                 self.sends = True
             if self.sends:
                 batch = self._send(batch)
+            if not is_in_step:
+                synchronize_generators(self.columns, self.device)
             if batch is _END:
                 return
             yield batch
 
-    def _agrees(self, batch: Any) -> bool:
-        code = -1 if batch is _END else fingerprint(batch)
-        extremes = torch.tensor([code, -code], dtype=torch.int64, device=self.device)
-        low, high = (-self.columns.max_(extremes)[1]).item(), extremes[0].item()
-        return low == high
+    def _agree(self, batch: Any) -> list[bool]:
+        """Whether all columns have the same batch, and the same generators."""
+        codes = -1 if batch is _END else fingerprint(batch), _fingerprint_of_generators(self.device)
+        extremes = torch.tensor([*codes, *(-code for code in codes)], dtype=torch.int64, device=self.device)
+        high, low = self.columns.max_(extremes).chunk(2)
+        same: list[bool] = (high == -low).tolist()
+        return same
 
     def _send(self, batch: Any) -> Any:
         """Broadcast the first column's batch, tensors as tensors."""

@@ -33,15 +33,19 @@ _ELEMENTWISE = tuple(
 def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether stepping on parts of a parameter gives the parts of the whole step.
 
-    Known optimizers are looked up; any other is tried: three steps on a matrix, and on its halves, must agree.
+    Known optimizers are looked up; any other is tried: three steps on a matrix, and on its halves, must agree. So they
+    must with small and large gradients, as there are rules that have no effect up to some norm, or from some norm on.
+    One that has another optimizer in it can't be tried, since that one would step the real parameters.
     """
     if type(optimizer) in _ELEMENTWISE:
         return True
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if isinstance(optimizer, torch.optim.LBFGS) or any(
+        isinstance(part, Optimizer) for part in vars(optimizer).values()
+    ):
         return False
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(6, 4, generator=generator)
-    grads = [torch.randn(6, 4, generator=generator) for _ in range(3)]
+    drawn = [torch.randn(6, 4, generator=generator) for _ in range(3)]
     try:
         return all(
             torch.allclose(
@@ -50,6 +54,7 @@ def is_elementwise(optimizer: Optimizer) -> bool:
                 rtol=1e-5,
                 atol=1e-7,
             )
+            for grads in ([scale * grad for grad in drawn] for scale in (1.0, 1e-3, 1e3))
             for group in optimizer.param_groups
             for parts in ((slice(0, 3), slice(3, 6)), (slice(0, 4), slice(4, 6)))
         )

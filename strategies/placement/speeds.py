@@ -56,7 +56,8 @@ def measure_speeds(columns: Columns, device: torch.device, dtype: torch.dtype = 
         The same on every rank.
 
     """
-    first, second = torch.rand(2, _SIDE, _SIDE, device=device, dtype=dtype)
+    # Nothing is drawn: dropout masks must not depend on whether a layout was measured.
+    first, second = torch.full((2, _SIDE, _SIDE), 0.5, device=device, dtype=dtype)
     values = torch.zeros(_NUM_UPDATED, device=device, dtype=dtype)
     multiplying = _shortest(lambda: first @ second, device)
     updating = _shortest(lambda: values.add_(values, alpha=0.5), device)

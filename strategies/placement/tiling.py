@@ -49,7 +49,8 @@ def num_places(layer: nn.Module) -> int:
     if isinstance(layer, CONVOLUTIONS):
         return len(layer.kernel_size)
     if isinstance(layer, _POOLS):
-        return int(type(layer).__name__[-2])
+        of_torch = (kind for kind in type(layer).__mro__ if kind.__module__ == nn.MaxPool2d.__module__)
+        return int(next(of_torch).__name__[-2])
     return int(getattr(layer, "num_places", 0))
 
 

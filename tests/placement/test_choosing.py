@@ -129,7 +129,10 @@ def _measure() -> tuple[Speeds, float]:
     import torch.distributed as dist
 
     columns = Columns(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    return measure_speeds(columns, torch.device("cpu"), torch.float64)
+    before = torch.get_rng_state()
+    speeds = measure_speeds(columns, torch.device("cpu"), torch.float64)
+    assert before.equal(torch.get_rng_state()), "masks would be others than without a measurement"
+    return speeds
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -182,6 +182,7 @@ def test_the_table_says_up_to_where_columns_pay() -> None:
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), {"0": "columns"}, "only linear layers"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), {"fc6": "whole"}, "no layer of the module"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), {"1": "whole"}, "but for those that layout keeps whole"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyLinear(4)), {}, "1 has uninitialized parameters"),
     ],
 )
 def test_layouts_that_cannot_be(net: nn.Module, overrides: dict[str, str], message: str) -> None:

@@ -28,6 +28,7 @@ SPELLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "unbind_axis": lambda x: torch.unbind(x, axis=2)[1],  # type: ignore[call-arg]
     "sum_input": lambda x: torch.sum(input=x, dim=2),
     "softmax_input": lambda x: torch.softmax(input=x, dim=2),
+    "normalize_dims": lambda x: torch.nn.functional.normalize(x, dim=(2, 3)),  # type: ignore[arg-type]
     "permute_input": lambda x: torch.permute(input=x, dims=(0, 2, 3, 1)),
     "where_names": lambda x: torch.where(condition=x > 0, input=x, other=-x),
 }

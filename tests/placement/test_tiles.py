@@ -11,7 +11,7 @@ from tests.ranks import run
 
 from .networks import ConcatNet, Shuffle, dropouts, response_norm
 from .parity import check
-from .tiled_networks import Autoencoder, Encoder, Padded, Pools, ShortMaps, Untied, gradient_penalty
+from .tiled_networks import Autoencoder, Directions, Encoder, Padded, Pools, ShortMaps, Untied, gradient_penalty
 
 GRIDS = [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2)]
 SMALL = {
@@ -22,6 +22,7 @@ SMALL = {
     "pools": (Pools, (2, 3, 23, 19)),
     "padded": (Padded, (2, 3, 13, 11)),
     "short_maps": (ShortMaps, (3, 3, 13, 9)),
+    "directions": (Directions, (2, 3, 7, 6)),
     "encoder": (Encoder, (2, 3, 16, 12)),
     "untied": (Untied, (3, 2, 13, 11)),
     "autoencoder": (Autoencoder, (2, 1, 15, 15)),

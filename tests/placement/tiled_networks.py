@@ -15,6 +15,13 @@ from squall.placement import make_grid, place_tiles, plan_tiles
 from .parity import assert_close, world_columns
 
 
+class Halved(nn.AvgPool2d):
+    """A pooling of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+
 class Pools(nn.Module):
     """Every pooling, with padding, ceil_mode, dilation and odd strides."""
 
@@ -27,6 +34,7 @@ class Pools(nn.Module):
                 nn.MaxPool2d(3, 2, padding=1, ceil_mode=True),
                 nn.MaxPool2d((2, 3), (3, 1), dilation=(2, 1)),
                 nn.MaxPool2d(2),
+                Halved(),
                 nn.AvgPool2d(3, 2, padding=1, ceil_mode=True),
                 nn.AvgPool2d(3, 2, padding=1, ceil_mode=True, count_include_pad=False),
                 nn.AvgPool2d((3, 2), 2, padding=(1, 0), divisor_override=4),
@@ -76,6 +84,18 @@ class ShortMaps(nn.Module):
         x = F.relu(self.norm(self.first(x)))
         x = F.leaky_relu(self.group_norm(F.relu(self.second(x), inplace=True)))
         return self.last(self.instance_norm(self.third(x)).flatten(1))
+
+
+class Directions(nn.Module):
+    """Lengths over dimensions that are split, and over others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return F.normalize(x, dim=(0, 1)) + F.normalize(x, dim=(1, 2, 3))  # type: ignore[arg-type]
 
 
 class Encoder(nn.Module):

@@ -42,11 +42,19 @@ def rosenbrock_like(width: int = 6) -> nn.Module:
     return Valley()
 
 
+def with_nothing() -> nn.Module:
+    """One of its parameters has no elements."""
+    net = nn.Linear(12, 3)
+    net.register_parameter("nothing", nn.Parameter(torch.zeros(0, 3)))
+    return net
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "logistic": lambda: nn.Linear(12, 3),
     "mlp": lambda: nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 3)),
     "lenet300": LeNet300,
     "valley": rosenbrock_like,
+    "nothing": with_nothing,
     "dropout": lambda: nn.Sequential(nn.Linear(12, 9), nn.Dropout(0.5), nn.Linear(9, 3)),
     "batchnorm": lambda: nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 3)),
 }
@@ -365,7 +373,8 @@ def warnings_of(path: str, net: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = DataLoader(Shifted(), batch_size=7) if net == "shifted" else loader()
-        trainer(path, max_epochs=1).fit(Module(net if net in NETS else "mlp"), data)
+        optimizer = "LBFGS" if net == "torch's own" else "SGD"
+        trainer(path, max_epochs=1).fit(Module(net if net in NETS else "mlp", optimizer=optimizer), data)
     return [str(warning.message) for warning in caught]
 
 

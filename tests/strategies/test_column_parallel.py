@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 import squall
 from squall.models import AlexNet
@@ -203,6 +205,52 @@ def test_masks_are_equal_where_replicated_and_differ_between_columns(tmp_path: P
     assert not torch.equal(split, other_split)
     for value, other in zip((whole, drawn, weights), others, strict=True):
         assert torch.equal(value, other)
+
+
+class Noisy(Dataset[Any]):
+    """Samples that are made anew each time, as augmentation does it."""
+
+    def __init__(self) -> None:
+        self.samples = _samples(8)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.samples[index]
+        return x + torch.rand(()) + random.random() + np.random.rand(), y
+
+
+class Draws(Callback):
+    """On rank 0 alone, as one does that logs some random images."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.is_global_zero:
+            torch.rand(3)
+            np.random.rand(3)
+            random.random()
+
+
+def _dropped_out(path: str, batches: str, devices: int, callbacks: list[Callback]) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    module = Net(dropout=0.5).double()
+    strategy: Any = "auto" if devices == 1 else squall.ColumnParallelStrategy(2, batches=batches)  # type: ignore[arg-type]
+    trainer = _trainer(path, strategy, devices=devices, callbacks=callbacks)
+    trainer.fit(module, DataLoader(Noisy(), batch_size=2))
+    return _state(module)
+
+
+@pytest.mark.parametrize("callbacks", [[], [Draws()]], ids=["", "rank 0 draws"])
+@pytest.mark.parametrize("batches", ["auto", "broadcast"])
+def test_masks_are_those_of_one_device_whoever_draws_besides(
+    batches: str, callbacks: list[Callback], tmp_path: Path
+) -> None:
+    (alone,) = run(1, _dropped_out, str(tmp_path), batches, 1, callbacks, lightning=True)
+    for state in run(2, _dropped_out, str(tmp_path), batches, 2, callbacks, lightning=True):
+        for key, value in alone.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-12)
 
 
 def test_seeds_reproduce(tmp_path: Path) -> None:

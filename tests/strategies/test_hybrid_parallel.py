@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -306,6 +307,11 @@ def test_arguments_that_cannot_be(options: dict[str, Any], message: str) -> None
     [
         ({"fc_update": "pass"}, {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2"),
         ({"fc_update": "pass"}, {"gradient_clip_val": 1.0}, "gradient_clip_val=1.0"),
+        (
+            {"fc_update": "pass"},
+            {"callbacks": [GradientAccumulationScheduler({2: 2})]},
+            "GradientAccumulationScheduler",
+        ),
         ({"layout": {"net.9": "whole"}}, {}, "no layer of the module"),
     ],
 )
@@ -314,3 +320,16 @@ def test_trainers_that_cannot_be(
 ) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         _fit(str(tmp_path), 1, options, **trainer)
+
+
+class Clips(Net):
+    """By itself."""
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(args[0], gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+
+
+def test_gradients_that_are_not_there_at_once_cannot_be_clipped(tmp_path: Path) -> None:
+    strategy = squall.HybridParallelStrategy(zero_stage=None, fc_update="pass")
+    with pytest.raises(MisconfigurationException, match=r"Clips\.configure_gradient_clipping.*fc_update='step'"):
+        _trainer(str(tmp_path), strategy, 1).fit(Clips(), _loader(4, 2))

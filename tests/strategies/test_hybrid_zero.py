@@ -6,10 +6,12 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback, ModelSummary
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -18,7 +20,7 @@ import squall
 from squall import _zero
 from tests.ranks import run
 
-from .test_hybrid_parallel import Net, _loader, _trainer
+from .test_hybrid_parallel import Clips, Net, _loader, _trainer
 
 needs_deepspeed = pytest.mark.skipif(not _zero.is_available(), reason="DeepSpeed is not installed")
 NUM_STEPS = 10
@@ -180,3 +182,28 @@ def _rank_zero_warns(path: str) -> str:
     module = Net()
     _trainer(path, squall.HybridParallelStrategy("c", 1), 2).fit(module, _loader(16, 4, 2))
     return ""
+
+
+class Looks(Callback):
+    """At gradients, which DeepSpeed has taken by then."""
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("module", "callback", "reason"),
+    [
+        (Single, Looks(), "Looks.on_before_optimizer_step"),
+        (Single, LambdaCallback(on_after_backward=lambda *args: None), "LambdaCallback.on_after_backward"),
+        (Clips, None, "Clips.configure_gradient_clipping"),
+        (Single, GradientAccumulationScheduler({3: 2}), "GradientAccumulationScheduler"),
+        (Single, ModelSummary(), ""),
+    ],
+)
+def test_code_that_needs_gradients_has_them(module: Any, callback: Any, reason: str, tmp_path: Path) -> None:
+    trainer = _trainer(str(tmp_path), "auto", 1, callbacks=callback)
+    with patch.object(_zero, "is_available", lambda: True):
+        found = _zero.reason_against(module().float(), trainer, [Mock()], "step", None)
+    assert reason in found
+    assert bool(reason) == bool(found)

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from squall import SandblasterStrategy
+from squall._line_search import warn_of_random_data
 from tests.conf.programs import environment as launched_anew
 from tests.ranks import run
 
@@ -50,6 +52,10 @@ def test_lenet_300_is_torchs(tmp_path: Path) -> None:
     results = fit(2, programs.fit, str(tmp_path), "lenet300", num_iterations=30, num_shards=2, batch_size=20)
     weights, _ = programs.torch_weights(30, "lenet300")
     check(results, weights)
+
+
+def test_a_parameter_may_have_no_elements(tmp_path: Path) -> None:
+    check(fit(1, programs.fit, str(tmp_path), "nothing"), programs.torch_weights(8, "nothing")[0])
 
 
 def test_a_curved_valley_is_followed(tmp_path: Path) -> None:
@@ -222,10 +228,23 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_name(tmp_path: Path) -> 
         ("dropout", "draws anew at each evaluation"),
         ("batchnorm", "normalises each portion by itself"),
         ("shifted", "makes something else of a sample"),
+        ("torch's own", "not LBFGS(lr=0.1, history_size=100)"),
     ],
 )
 def test_noise_is_warned_of(tmp_path: Path, net: str, message: str) -> None:
     assert any(message in warning for warning in fit(1, programs.warnings_of, str(tmp_path), net)[0])
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        torch.tensor([0.0, torch.nan]), torch.eye(3).to_sparse(), np.array([0.0, np.nan]), np.array(["text"]), "text",
+    ],
+    ids=["missing value", "sparse", "array", "texts", "text"],
+)  # fmt: skip
+def test_data_that_stays_as_it_is_is_not_warned_of(sample: Any, recwarn: pytest.WarningsRecorder) -> None:
+    warn_of_random_data([(sample, 0)], [0])
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

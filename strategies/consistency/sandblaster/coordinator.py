@@ -66,7 +66,7 @@ class BatchCoordinator(Coordinator):
     def prepare(self, spec: Any, name: str) -> None:
         """Learn what the optimizer is to do, and where one that was lost has come to."""
         assert isinstance(spec, VectorSpec)
-        self._kept = KeptPoint(name)
+        self._kept = KeptPoint(name, spec.options.history_size)
         self.begin(spec, (self._kept.find() if spec.num_restarts else None) or spec.point)
 
     def begin(self, spec: VectorSpec, point: Point | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from ..memory import make_or_attach
 from .lbfgs import Point
 
-_BYTES = 1 << 16  # of a point: a history of hundreds of pairs
+_BYTES, _BYTES_OF_PAIR = 4096, 64  # of a point, as text
 
 
 class KeptPoint:
@@ -18,18 +18,20 @@ class KeptPoint:
 
     Args:
         run: Name of the run.
+        history_size: Pairs that a point may have.
 
     """
 
-    def __init__(self, run: str) -> None:
-        self._memory = make_or_attach(f"{run}-point", 2 * _BYTES)
+    def __init__(self, run: str, history_size: int) -> None:
+        self._num_bytes = _BYTES + _BYTES_OF_PAIR * history_size
+        self._memory = make_or_attach(f"{run}-point", 2 * self._num_bytes)
         self._next = 0
 
     def keep(self, point: Point) -> None:
         """Write a point; it is good before the vectors of the one before may be written over."""
         self._next += 1
         text = json.dumps({"number": self._next, "point": point.header()}).encode()
-        assert len(text) <= _BYTES - 16, "a point is too long to be kept"
+        assert len(text) <= self._num_bytes - 16, "a point is too long to be kept"
         place = self._place(self._next % 2)
         place[:8] = 0
         place[16 : 16 + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -51,4 +53,4 @@ class KeptPoint:
         return point
 
     def _place(self, index: int) -> torch.Tensor:
-        return self._memory.tensor(torch.uint8, index * _BYTES, _BYTES)
+        return self._memory.tensor(torch.uint8, index * self._num_bytes, self._num_bytes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..client import Client
+from ..plan import ParameterInfo, Plan
 from ..updates import SliceMemory
 from .lbfgs import LbfgsOptions, Point
 from .vectors import vectors_of
@@ -95,14 +96,14 @@ def fill(memories: Sequence[SliceMemory], parameters: Sequence[nn.Parameter], st
 
 
 def read(
-    client: Client, attach: Callable[[int], SliceMemory], num_shards: int, with_state: bool, after: Mapping[str, int]
+    client: Client, attach: Callable[[int], SliceMemory], plan: Plan, with_state: bool, after: Mapping[str, int]
 ) -> tuple[dict[str, Any], tuple[Tensor, ...], OptimizerState | None]:
     """Read where the optimizer has come to.
 
     Args:
         client: The worker's line to the coordinator, which has the shards do nothing meanwhile.
         attach: Finds a shard's memory.
-        num_shards: How many there are.
+        plan: Of all shards.
         with_state: Read the history, too.
         after: ``{"after": epoch}`` to wait until the evaluation of an epoch has led to something.
 
@@ -112,25 +113,25 @@ def read(
     """
     report, _ = client.call({"op": "snapshot", **after})
     try:
-        memories = [attach(shard) for shard in range(num_shards)]
+        memories = [attach(shard) for shard in range(len(plan.slices))]
         point = None if report["point"] is None else Point.of(report["point"])
-        weights = _gather(memories, [1 if point is None else point.weights])
+        weights = _gather(memories, [1 if point is None else point.weights], plan.parameters)
         state = None
         if with_state and point is not None:
-            state = OptimizerState(point.moved(), _gather(memories, point.slots[1:]))
+            state = OptimizerState(point.moved(), _gather(memories, point.slots[1:], plan.parameters))
     finally:
         client.call({"op": "release"})
     return report, tuple(rows[0] for rows in weights), state
 
 
-def _gather(memories: Sequence[SliceMemory], slots: Sequence[int]) -> tuple[Tensor, ...]:
+def _gather(
+    memories: Sequence[SliceMemory], slots: Sequence[int], parameters: Sequence[ParameterInfo]
+) -> tuple[Tensor, ...]:
     """Vectors of each parameter, a row a slot."""
-    rows: dict[int, Tensor] = {}
+    rows = tuple(torch.empty(len(slots), info.num_elements, dtype=info.dtype) for info in parameters)
     for memory in memories:
         for unit in memory.slice.units:
-            if unit.parameter not in rows:
-                rows[unit.parameter] = torch.empty(len(slots), unit.info.num_elements, dtype=unit.info.dtype)
             vectors = vectors_of(memory, unit)
             for row, slot in zip(rows[unit.parameter], slots, strict=True):
                 row[unit.start : unit.stop].copy_(vectors[slot])
-    return tuple(rows[index] for index in sorted(rows))
+    return rows

@@ -13,7 +13,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from ..choosing import UPDATED, is_worthwhile
-from ..layout import COLUMNS, WHOLE, LayerPlacement, Layout, match_layers, parameter_splits, plan_layout
+from ..layout import (
+    COLUMNS,
+    WHOLE,
+    LayerPlacement,
+    Layout,
+    check_placeable,
+    match_layers,
+    parameter_splits,
+    plan_layout,
+)
 from ..speeds import Speeds
 
 
@@ -44,6 +53,7 @@ def plan_hybrid(
         {'0': 'whole', '2': 'columns'}
 
     """
+    check_placeable(module)
     layers = dict(module.named_modules())
     linear = {
         name

@@ -125,6 +125,7 @@ for _space in (torch, Tensor, F):
 @rule(F.normalize)
 def _normalize(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor, spec = args[0], spec_of(args[0])
-    if spec is None or kwargs.get("out") is not None or kwargs.get("dim", 1) % tensor.ndim == spec.dim:
+    reduced = reduced_dims(tensor, kwargs.get("dim", 1))
+    if spec is None or kwargs.get("out") is not None or reduced is None or spec.dim in reduced:
         return NotImplemented
     return wrap(func(*args, **kwargs), spec.moved(spec.dim))

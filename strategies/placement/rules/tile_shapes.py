@@ -81,7 +81,8 @@ for _space in (torch, Tensor, F):
 @tile_rule(F.normalize)
 def _normalize(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     value, spec = args[0], spec_of(args[0])
-    if spec is None or kwargs.get("out") is not None or kwargs.get("dim", 1) % value.ndim in spec.dims:
+    reduced = reduced_dims(value, kwargs.get("dim", 1))
+    if spec is None or kwargs.get("out") is not None or reduced is None or reduced & set(spec.dims):
         return NotImplemented
     return wrap(func(*args, **kwargs), spec.unnamed)
 

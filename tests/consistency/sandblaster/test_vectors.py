@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -253,18 +254,18 @@ def point(iteration: int) -> Point:
 def test_the_newest_whole_point_is_found() -> None:
     name = f"squall-test-{os.getpid()}-{os.urandom(4).hex()}"
     try:
-        kept = KeptPoint(name)
+        kept = KeptPoint(name, 2)
         assert kept.find() is None
         for iteration in range(5):
             kept.keep(point(iteration))
-            assert KeptPoint(name).find() == point(iteration)
+            assert KeptPoint(name, 2).find() == point(iteration)
         newest = kept._place(5 % 2)
         newest[40] ^= 1  # the process was killed while it wrote
-        assert KeptPoint(name).find() == point(3)
-        again = KeptPoint(name)
+        assert KeptPoint(name, 2).find() == point(3)
+        again = KeptPoint(name, 2)
         again.find()
         again.keep(point(9))
-        assert KeptPoint(name).find() == point(9)
+        assert KeptPoint(name, 2).find() == point(9)
     finally:
         Segment.unlink(f"{name}-point")
 
@@ -290,3 +291,15 @@ def test_another_modules_state_is_left_out_with_a_warning(shards: Shards) -> Non
     with pytest.warns(UserWarning, match="of other data"):
         assert OptimizerState.of(state.dump("f"), "g", shards.parameters, OPTIONS) is None
     assert OptimizerState.of({}, "f", shards.parameters, OPTIONS) is None
+
+
+def test_a_point_of_a_long_history_is_kept() -> None:
+    """Of any length that a user may ask for, with the longest numbers."""
+    name, num_pairs = f"squall-test-{os.getpid()}-{os.urandom(4).hex()}", 3000
+    pairs = tuple(Pair(2 * n + 10_003, 2 * n + 10_004, 1 / 3 * 1e-200) for n in range(num_pairs))
+    long = replace(point(123_456), loss=-1 / 3 * 1e-200, pairs=pairs)
+    try:
+        KeptPoint(name, num_pairs).keep(long)
+        assert KeptPoint(name, num_pairs).find() == long
+    finally:
+        Segment.unlink(f"{name}-point")
