@@ -6,18 +6,21 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from squall.kernels.sparse_linear import pack_codes, pack_values
+from squall.kernels import native
+from squall.kernels.sparse_linear import pack_codes, pack_gaps, pack_values
 
-from .coding import file, streams
+from .coding import CompressedFileError, file, streams
 from .coding.state import read_coded
-from .coding.tensors import CodedTensor, Live
+from .coding.tensors import CodedTensor, Live, LiveGaps
 from .sparse_layers import MOST_CODES, SparseConv2d, SparseLinear, padding_of
 
 DENSEST = 0.7  # share of live weights above which nobody needs to measure
@@ -46,19 +49,16 @@ def assemble(module: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Module
     layers = _find_layers(result, entries)
     streams.decode_together([stream for entry in entries.values() for stream in file.streams_of(entry)])
     own = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
+    keys = {name: f"{name}.weight" if name else "weight" for name in layers}
     found, sparse = dict[str, tuple[nn.Module, float]](), dict[str, nn.Module]()
     with file.naming(Path(path)):
-        for name, layer in layers.items():
-            key = f"{name}.weight" if name else "weight"
-            with file.naming(key):
-                live = entries[key].live()
-            live = live._replace(values=live.values.to(own[key].dtype))
-            if live.density > DENSEST:
-                entries[key] = live.dense()
+        for name, made in _make_all({name: (layers[name], keys[name]) for name in layers}, entries, own).items():
+            if made.layer is None:
+                entries[keys[name]] = made.weight
             else:
-                del entries[key]
-                sparse[name] = _sparse(layer, live).to(_device(own[key]))
-            found[name] = sparse.get(name, layer), live.density
+                del entries[keys[name]]
+                sparse[name] = made.layer.to(_device(own[keys[name]]))
+            found[name] = sparse.get(name, layers[name]), made.density
         _load(result, own, entries)
     for name, layer in sparse.items():
         parent, _, child = name.rpartition(".")
@@ -145,6 +145,55 @@ def can_be_sparse(layer: nn.Module) -> bool:
         except ValueError:
             return False
     return True
+
+
+class _Made(NamedTuple):
+    """What has become of a layer: a sparse one without a bias yet, or its dense weight."""
+
+    layer: nn.Module | None
+    weight: Tensor | None
+    density: float
+
+
+def _make_all(
+    layers: Mapping[str, tuple[Any, str]], entries: Mapping[str, CodedTensor], own: Mapping[str, Tensor]
+) -> dict[str, _Made]:
+    """Decode layers' weights, given with their keys; on threads, if there are any: hardly any of it is Python."""
+    works = {name: partial(_make, layer, key, entries[key], own[key].dtype) for name, (layer, key) in layers.items()}
+    num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        return {name: work() for name, work in works.items()}
+    longest_first = sorted(works, key=lambda name: -entries[layers[name][1]].num_stored)
+    with ThreadPoolExecutor(num_threads) as threads:
+        started = {name: threads.submit(works[name]) for name in longest_first}
+        return {name: started[name].result() for name in works}
+
+
+def _make(layer: Any, key: str, stored: CodedTensor, dtype: torch.dtype) -> _Made:
+    with file.naming(key):
+        density = stored.num_stored / max(1, stored.info.num_elements)
+        # What can be packed as it lies in the file needs no positions.
+        gaps = stored.gaps() if type(layer) is nn.Linear and density <= DENSEST and native.serves() else None
+        if gaps is not None:
+            return _Made(_linear(layer, gaps, dtype), None, density)
+        live = stored.live()
+    live = live._replace(values=live.values.to(dtype))
+    if live.density > DENSEST:
+        return _Made(None, live.dense(), live.density)
+    return _Made(_sparse(layer, live), None, live.density)
+
+
+def _linear(layer: nn.Linear, gaps: LiveGaps, dtype: torch.dtype) -> SparseLinear:
+    codes, values = gaps.codes, gaps.values.to(dtype)
+    if codes is not None and len(values) > MOST_CODES:
+        codes, values = None, values[codes.long()]
+    if codes is not None:
+        codes = codes.to(torch.uint8)
+    try:
+        packed = pack_gaps(gaps.gaps, gaps.longest, codes, values, (layer.out_features, layer.in_features))
+    except ValueError as error:
+        raise CompressedFileError(f"its {error}") from None
+    return SparseLinear(packed)
 
 
 def _sparse(layer: Any, live: Live) -> nn.Module:

@@ -14,6 +14,7 @@ from squall.kernels.sparse_linear import (
     op,
     pack_codes,
     pack_dense,
+    pack_gaps,
     pack_live,
     pack_values,
     packing,
@@ -348,12 +349,60 @@ def test_weights_are_packed_alike_by_loops_and_in_numpy(num_rows, num_columns, d
     for isa, of_dtype in (("torch", np.int64), (native.isa(), np.int64), (native.isa(), np.int32)):
         with native.forced(isa):
             arranged = packing.arrange(places.astype(of_dtype), num_rows, num_columns, row_block)
-            full = arranged.lengths > 0
-            results.append((*arranged.fill(values), arranged.slots(), arranged.first_slots[full], *arranged[3:]))
+            results.append((*arranged.fill(values), arranged.slots(), *arranged[:5]))
     for result in results[1:]:
         for ours, expected in zip(result, results[0], strict=True):
             assert ours.dtype == expected.dtype
             assert np.array_equal(ours, expected)
+
+
+GAPS = st.sampled_from([(torch.uint8, 1), (torch.uint8, 7), (torch.uint8, 255), (torch.uint16, 300)])
+
+
+def gaps_of(positions, longest, dtype):
+    """To the next weight, with what goes on without one, as files have them."""
+    gaps = []
+    for distance in positions.diff(prepend=torch.tensor([-1])).tolist():
+        gaps += [0] * ((distance - 1) // longest) + [(distance - 1) % longest + 1]
+    return torch.tensor(gaps, dtype=torch.int32).to(dtype)
+
+
+@pytest.mark.skipif(not native.serves(), reason="there are no compiled kernels")
+@given(st.integers(0, 90), st.integers(0, 400), st.floats(0, 1), st.integers(1, 99), GAPS, st.sampled_from([1, 4, 8]))
+@settings(max_examples=80, deadline=None)
+def test_gaps_are_packed_as_their_sums(num_rows, num_columns, density, row_block, of_gap, width):
+    positions, (dtype, longest) = positions_of(sparse(num_rows, num_columns, density)), of_gap
+    shape, gaps = (num_rows, num_columns), gaps_of(positions, longest, dtype)
+    values = torch.arange(1, len(positions) + 1)
+    if width == 1:
+        codes, codebook = (values % 200).to(torch.uint8), torch.randn(200)
+        expected = pack_codes(positions, codes, codebook, shape, row_block)
+        packed = pack_gaps(gaps, longest, codes, codebook, shape, row_block)
+    else:
+        values = values.to({4: torch.float32, 8: torch.float64}[width])
+        expected = pack_values(positions, values, shape, row_block)
+        packed = pack_gaps(gaps, longest, None, values, shape, row_block)
+    for ours, theirs in zip(packed, expected, strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+@pytest.mark.skipif(not native.serves(), reason="there are no compiled kernels")
+@pytest.mark.parametrize(
+    ("gaps", "num", "message"),
+    [
+        ([1, 2], 3, "don't lead to 3 weights"),
+        ([1, 2, 3], 2, "don't lead to 2 weights"),
+        ([], 1, "don't lead to 1 weights"),
+        ([1, 5], 2, "past the end, 4 weights"),
+        ([1, 3, 0], 2, "past the end, 4 weights"),
+        ([200, 200], 2, "past the end, 4 weights"),
+    ],
+)
+def test_gaps_that_lead_elsewhere(gaps, num, message):
+    with pytest.raises(ValueError, match=message):
+        pack_gaps(torch.tensor(gaps, dtype=torch.uint8), 5, None, torch.ones(num), (2, 2))
+    with pytest.raises(ValueError, match="gaps must be one row of uint8 or uint16"):
+        pack_gaps(torch.tensor(gaps), 5, None, torch.ones(num), (2, 2))
 
 
 @pytest.mark.parametrize("num_codes", [None, 20, 100, 200])

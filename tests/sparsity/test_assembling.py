@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from squall.kernels import native
-from squall.sparsity import CompressedCheckpointIO, CompressedFileError, load_compressed, save_compressed, to_inference
+from squall.sparsity import (
+    CompressedCheckpointIO,
+    CompressedFileError,
+    assembling,
+    load_compressed,
+    save_compressed,
+    to_inference,
+)
+from squall.sparsity.coding import streams
+from squall.sparsity.coding.state import read_coded
+from squall.sparsity.coding.ways import COLUMNS
 from squall.sparsity.sparse_layers import SparseConv2d, SparseLinear
 from tests.sparsity.test_inference import NETS
 
@@ -108,6 +119,48 @@ def test_any_module(net: Any, shape: tuple[int, ...], tmp_path: Path) -> None:
     assert not fast.training
     assert not any(parameter.requires_grad for parameter in fast.parameters())
     assert "sparse" in str(fast.inference_report)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 9])
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("isa", dict.fromkeys([native.isa(), "torch"]))
+def test_positions_along_columns(bits: int | None, num_threads: int, isa: str, tmp_path: Path) -> None:
+    """As they lie in the file where most inputs are dead, in layers of both kinds; long codes, and on threads."""
+    dense = nn.Sequential(nn.Conv2d(40, 30, 3), nn.ReLU(), nn.Flatten(), nn.Linear(30 * 9, 600), nn.Linear(600, 900))
+    pruned(dense.double(), 0.6, bits)
+    for layer in (dense[0], dense[3], dense[4]):
+        layer.weight.data[:, torch.rand(layer.weight.shape[1], generator=torch.Generator().manual_seed(0)) < 0.7] = 0
+    path, x = save(dense, tmp_path), torch.randn(2, 40, 5, 5).double()
+    assert all(entry.layout & COLUMNS for key, entry in read_coded(path).items() if key in ("3.weight", "4.weight"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        with native.forced(isa):
+            fast = to_inference(dense, path=path, show=False)
+            torch.testing.assert_close(fast(x), dense(x), rtol=1e-9, atol=1e-9)
+    finally:
+        torch.set_num_threads(before)
+    assert kinds(fast) == {"0": True, "3": True, "4": True}
+    assert all(torch.equal(loaded, dense.state_dict()[key]) for key, loaded in load_compressed(path).items())
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("isa", dict.fromkeys([native.isa(), "torch"]))
+def test_gaps_that_lead_elsewhere(num_threads: int, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(pruned(nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 50)), 0.1), tmp_path)
+    entries = read_coded(path)
+    coded = entries["1.weight"]
+    assert not coded.layout & COLUMNS
+    gaps = coded.places.stream.symbols()
+    for change, message in ((1, r"tensor '1.weight': its gaps run past the end, 4,000"), (-1, "don't lead to")):
+        wrong = np.append(gaps[:-1], 255).astype(np.uint16) if change > 0 else gaps[:-1].astype(np.uint16)
+        again = read_coded(path)
+        places = again["1.weight"].places._replace(stream=streams.Coded(lambda wrong=wrong: wrong))
+        again["1.weight"] = again["1.weight"]._replace(places=places)
+        monkeypatch.setattr(assembling, "read_coded", lambda path, again=again: again)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+        with native.forced(isa), pytest.raises(CompressedFileError, match=message):
+            to_inference(nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 50)), path=path, show=False)
 
 
 def test_shared_hooked_and_odd_layers_stay_dense(tmp_path: Path) -> None:

@@ -16,11 +16,20 @@ _SHARE_BITS, _BUCKET_BITS = 24, 12  # as in kernel.c
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _decode = native.function("squall_ans_decode", _POINTER, _LONG, _INT)
 _positions = {
-    width: native.function(f"squall_positions_{8 * width}", _POINTER, _LONG, _LONG, _LONG, *[_POINTER] * 2)
+    (of_gap, width): native.function(
+        f"squall_positions_{8 * of_gap}_{8 * width}", _POINTER, *[_LONG] * 3, *[_POINTER] * 2
+    )
+    for of_gap in (1, 2)
     for width in (4, 8)
+}  # fmt: skip
+_turn = {
+    (width, size): native.function(f"squall_turn_{8 * width}_{size}", _POINTER, *[_LONG] * 3, *[_POINTER] * 4)
+    for width in (4, 8)
+    for size in (1, 2, 4, 8)
 }
 
 Symbols = npt.NDArray[np.uint16]
+Gaps = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 
 class Code(NamedTuple):
@@ -72,7 +81,7 @@ def _prepare(code: Code) -> tuple[npt.NDArray[Any], ...]:
     return words, starts, first, np.empty(code.num_symbols, np.uint16)
 
 
-def positions(gaps: Symbols, longest: int, num_positions: int, num_elements: int) -> tuple[npt.NDArray[Any], int, int]:
+def positions(gaps: Gaps, longest: int, num_positions: int, num_elements: int) -> tuple[npt.NDArray[Any], int, int]:
     """Sum gaps up.
 
     Args:
@@ -87,5 +96,30 @@ def positions(gaps: Symbols, longest: int, num_positions: int, num_elements: int
     """
     wide = np.dtype(np.int32 if num_elements < 1 << 31 else np.int64)
     found, ends = np.empty(num_positions, wide), np.empty(2, np.int64)
-    _positions[wide.itemsize](gaps.ctypes.data, len(gaps), longest, num_positions, found.ctypes.data, ends.ctypes.data)
+    _positions[gaps.itemsize, wide.itemsize](
+        gaps.ctypes.data, len(gaps), longest, num_positions, found.ctypes.data, ends.ctypes.data
+    )
     return found, int(ends[0]), int(ends[1])
+
+
+def turn(
+    places: npt.NDArray[Any], values: npt.NDArray[Any], num_rows: int, num_columns: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Bring a matrix's weights from the order of its columns into that of its rows.
+
+    Args:
+        places: Ascending: theirs in the matrix, counted column by column; int32 or int64. All are in it.
+        values: As many, of 1, 2, 4 or 8 bytes.
+        num_rows: Of the matrix.
+        num_columns: Likewise.
+
+    Returns:
+        The places, counted row by row and ascending, and the values in their order.
+
+    """
+    turned, ordered, next_of = np.empty_like(places), np.empty_like(values), np.empty(num_rows + 1, np.int64)
+    _turn[places.itemsize, values.itemsize](
+        places.ctypes.data, len(places), num_rows, num_columns, np.ascontiguousarray(values).ctypes.data,
+        turned.ctypes.data, ordered.ctypes.data, next_of.ctypes.data,
+    )  # fmt: skip
+    return turned, ordered

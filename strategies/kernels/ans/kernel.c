@@ -137,8 +137,8 @@ SQUALL_EXPORT void squall_ans_decode(void *codes, int64_t num_codes, int num_thr
 
 /* Sum gaps up: one goes on from the last position, and one of 0 does so by `longest` without stopping. Returns nothing:
  * the number of positions, and where the last gap has led to, are in `ends`. Gaps beyond `num_positions` are left out. */
-#define POSITIONS(NAME, TYPE)                                                                                          \
-    SQUALL_EXPORT void NAME(const uint16_t *gaps, int64_t num_gaps, int64_t longest, int64_t num_positions,            \
+#define POSITIONS(NAME, GAP, TYPE)                                                                                     \
+    SQUALL_EXPORT void NAME(const GAP *gaps, int64_t num_gaps, int64_t longest, int64_t num_positions,                 \
                             TYPE *positions, int64_t *ends)                                                            \
     {                                                                                                                  \
         int64_t at = -1, found = 0;                                                                                    \
@@ -151,5 +151,44 @@ SQUALL_EXPORT void squall_ans_decode(void *codes, int64_t num_codes, int num_thr
         ends[0] = found;                                                                                               \
         ends[1] = at;                                                                                                  \
     }
-POSITIONS(squall_positions_32, int32_t)
-POSITIONS(squall_positions_64, int64_t)
+POSITIONS(squall_positions_8_32, uint8_t, int32_t)
+POSITIONS(squall_positions_8_64, uint8_t, int64_t)
+POSITIONS(squall_positions_16_32, uint16_t, int32_t)
+POSITIONS(squall_positions_16_64, uint16_t, int64_t)
+
+/* Bring weights from the order of columns into that of rows: those of a row stay in their order, so it is enough to
+ * know how many there are in the rows before. `next` has room for a number a row and one more. */
+#define TURN(NAME, PLACE, VALUE)                                                                                       \
+    SQUALL_EXPORT void NAME(const PLACE *places, int64_t num, int64_t num_rows, int64_t num_columns,                   \
+                            const VALUE *values, PLACE *turned, VALUE *ordered, int64_t *next)                         \
+    {                                                                                                                  \
+        for (int64_t row = 0; row <= num_rows; row++)                                                                  \
+            next[row] = 0;                                                                                             \
+        for (int twice = 0; twice < 2; twice++) { /* count, and then each weight has its place */                      \
+            int64_t column = -1, begin = 0, end = 0;                                                                   \
+            for (int64_t i = 0; i < num; i++) {                                                                        \
+                if (places[i] >= end) {                                                                                \
+                    column = places[i] / num_rows;                                                                     \
+                    begin = column * num_rows;                                                                         \
+                    end = begin + num_rows;                                                                            \
+                }                                                                                                      \
+                int64_t row = places[i] - begin;                                                                       \
+                if (!twice) {                                                                                          \
+                    next[row + 1]++;                                                                                   \
+                    continue;                                                                                          \
+                }                                                                                                      \
+                int64_t to = next[row]++;                                                                              \
+                turned[to] = (PLACE)(row * num_columns + column);                                                      \
+                ordered[to] = values[i];                                                                               \
+            }                                                                                                          \
+            for (int64_t row = 0; row < num_rows && !twice; row++)                                                     \
+                next[row + 1] += next[row];                                                                            \
+        }                                                                                                              \
+    }
+#define TURNS(BITS, PLACE)                                                                                             \
+    TURN(squall_turn_##BITS##_1, PLACE, uint8_t)                                                                       \
+    TURN(squall_turn_##BITS##_2, PLACE, uint16_t)                                                                      \
+    TURN(squall_turn_##BITS##_4, PLACE, uint32_t)                                                                      \
+    TURN(squall_turn_##BITS##_8, PLACE, uint64_t)
+TURNS(32, int32_t)
+TURNS(64, int64_t)

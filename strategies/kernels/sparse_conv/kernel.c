@@ -53,22 +53,6 @@ struct conv {
     int64_t slices;
 };
 
-/* Transposition of 16 registers of 16 numbers, which is how 16 samples come to lie side by side and apart again. In step
- * s numbers change places with those s rows and s columns further, as far as bit s of their places differs. */
-#if defined(__clang__) || __GNUC__ >= 12
-#define SQUALL_HAS_SHUFFLE 1
-#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#else
-#define SQUALL_HAS_SHUFFLE 0
-#endif
-
 /* Copy fewer numbers than a register has; too few for a call of memcpy. */
 SQUALL_INLINE void copy_few(float *to, const float *from, int64_t num)
 {
@@ -159,33 +143,37 @@ SQUALL_EXPORT void squall_sparse_conv_weight_grad(const float *packed, const flo
 
 /* What the kernel reads for each live weight, and in which order: that of groups, blocks of channels and outputs, which
  * `starts` counts (it has room for one more, and is all zeros). `taps` are the offsets of a kernel's places. Positions
- * ascend; `inputs` and `outputs` are those of a group. */
+ * ascend; `inputs` and `outputs` are those of a group. Where a weight reads depends on its place among its output's
+ * weights alone: `reads` has room for a number for each, and spares a division. */
 SQUALL_EXPORT void squall_sparse_conv_plan(const int64_t *positions, int64_t num, int64_t inputs, int64_t outputs,
                                            int64_t groups, int64_t blocks, int64_t block_size, int64_t channel_size,
                                            const int64_t *taps, int64_t area, int64_t *starts, int64_t *order,
-                                           int32_t *offsets)
+                                           int32_t *offsets, int32_t *reads)
 {
+    int64_t keys = groups * blocks * outputs, size = inputs * area;
+    for (int64_t channel = 0; channel < inputs; channel++)
+        for (int64_t tap = 0; tap < area; tap++)
+            reads[channel * area + tap] = (int32_t)(channel % block_size * channel_size + taps[tap]);
     /* Twice the same walk: it counts, and then each weight has its place. */
     for (int places = 0; places < 2; places++) {
-        int64_t output = -1, end = 0, *row = NULL;
-        uint32_t width = (uint32_t)area, size = (uint32_t)block_size;
-        for (int64_t i = 0; i < num; i++) {
-            if (positions[i] >= end) {
-                output = positions[i] / (inputs * area);
-                end = (output + 1) * inputs * area;
-                row = starts + output / outputs * blocks * outputs + output % outputs + !places;
+        for (int64_t i = 0; i < num;) {
+            int64_t output = positions[i] / size, begin = output * size, end = begin + size, last = begin;
+            int64_t *row = starts + output / outputs * blocks * outputs + output % outputs + !places;
+            for (; i < num && positions[i] < end; row += outputs) {
+                int64_t first = i, at = *row;
+                last += block_size * area;
+                last = last < end ? last : end;
+                if (!places)
+                    for (; i < num && positions[i] < last; i++)
+                        ;
+                else
+                    for (; i < num && positions[i] < last; i++, at++) {
+                        order[at] = i;
+                        offsets[at] = reads[positions[i] - begin];
+                    }
+                *row += i - first;
             }
-            uint32_t rest = (uint32_t)(positions[i] - (end - inputs * area)), channel = rest / width;
-            uint32_t block = channel / size;
-            if (!places) {
-                row[block * outputs]++;
-                continue;
-            }
-            int64_t at = row[block * outputs]++;
-            order[at] = i;
-            offsets[at] = (int32_t)((channel - block * size) * channel_size + taps[rest - channel * width]);
         }
-        int64_t keys = groups * blocks * outputs;
         if (!places)
             for (int64_t key = 0; key < keys; key++)
                 starts[key + 1] += starts[key];

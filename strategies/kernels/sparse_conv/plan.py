@@ -29,7 +29,7 @@ _PENALTIES = {1: 1.7, 2: 1.7, 4: 1.6, 8: 1.3, 16: 1.0}
 _MOVES = {1: 0.2, 16: 0.8}
 """Likewise: what it costs to bring a number there, in products of a register; 2.5 for the others."""
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
-_plan_kernel = native.function("squall_sparse_conv_plan", _POINTER, *[_LONG] * 7, _POINTER, _LONG, *[_POINTER] * 3)
+_plan_kernel = native.function("squall_sparse_conv_plan", _POINTER, *[_LONG] * 7, _POINTER, _LONG, *[_POINTER] * 4)
 
 
 class Sizes(NamedTuple):
@@ -175,9 +175,11 @@ def _order(
     outputs, num_blocks, positions = num_outputs // sizes.groups, -(-num_inputs // block_size), positions.contiguous()
     starts = torch.zeros(sizes.groups * num_blocks * outputs + 1, dtype=torch.int64)
     order, offsets = torch.empty_like(positions), torch.empty(len(positions), dtype=torch.int32)
+    reads = torch.empty(num_inputs * math.prod(kernel), dtype=torch.int32)
     _plan_kernel(
         positions.data_ptr(), len(positions), num_inputs, outputs, sizes.groups, num_blocks, block_size, channel_size,
         taps.data_ptr(), math.prod(kernel), starts.data_ptr(), order.data_ptr(), offsets.data_ptr(),
+        reads.data_ptr(),
     )  # fmt: skip
     return order, offsets, starts
 

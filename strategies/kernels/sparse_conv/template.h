@@ -1,30 +1,6 @@
 /* One instruction set of kernel.c. */
 
-/* See kernel.c. */
-ISA_TARGET SQUALL_INLINE void FN(transpose)(vector *rows)
-{
-#if SQUALL_HAS_SHUFFLE
-#define STEP(S)                                                                                                        \
-    SQUALL_UNROLL                                                                                                      \
-    for (int i = 0; i < WIDTH; i++)                                                                                    \
-        if (!(i & S)) {                                                                                                \
-            vector low = __builtin_shufflevector(rows[i], rows[i | S], LOW_##S);                                       \
-            rows[i | S] = __builtin_shufflevector(rows[i], rows[i | S], HIGH_##S);                                     \
-            rows[i] = low;                                                                                             \
-        }
-    STEP(1)
-    STEP(2)
-    STEP(4)
-    STEP(8)
-#undef STEP
-#else
-    vector turned[WIDTH];
-    for (int i = 0; i < WIDTH; i++)
-        for (int j = 0; j < WIDTH; j++)
-            turned[i][j] = rows[j][i];
-    memcpy(rows, turned, sizeof turned);
-#endif
-}
+#include "../native/transpose.h"
 
 /* Take 16 samples that lie side by side apart: of `num` pixels, no more than 16, to rows `distance` apart. */
 ISA_TARGET static void FN(part)(const float *from, int64_t num, float *to, int64_t distance, int64_t present)

@@ -9,6 +9,7 @@
  * Bytes of a step, columns and codes, are stored as BYTE_OF says: then a shift of registers of 32 bits is all it takes to
  * have the codes, or columns, of 16 neighbouring slots in the lowest bytes of their lanes.
  */
+#include <stdatomic.h>
 #include <string.h>
 
 #include "../native/native.h"
@@ -53,18 +54,22 @@ SQUALL_INLINE int64_t first_tile(const struct linear *w, int64_t part)
 }
 
 #define REAL float
+#define IS_SINGLE 1
 #define TYPED(name) SQUALL_JOIN(name, float)
 typedef float TYPED(vector) __attribute__((vector_size(64)));
 #define TEMPLATE "../sparse_linear/template.h"
 #include "../native/each_isa.h"
 #undef REAL
+#undef IS_SINGLE
 #undef TYPED
 
 #define REAL double
+#define IS_SINGLE 0
 #define TYPED(name) SQUALL_JOIN(name, double)
 typedef double TYPED(vector) __attribute__((vector_size(64)));
 #include "../native/each_isa.h"
 #undef REAL
+#undef IS_SINGLE
 #undef TYPED
 
 #include "vector.h"
@@ -73,6 +78,24 @@ typedef double TYPED(vector) __attribute__((vector_size(64)));
 static int64_t num_lanes(int is_double)
 {
     return is_double ? 16 : 32;
+}
+
+enum { MOST_SUMS = 64 };
+
+/* Batch 1: the parts of a block of rows and a sample, and whoever comes last adds them up: another parallel region would
+ * have the other threads woken once more. */
+struct summed {
+    struct linear w; /* first: tasks take one for the other */
+    squall_task part, finish;
+    atomic_llong left[MOST_SUMS];
+};
+
+static void one_and_finish(void *context, int64_t index, int thread)
+{
+    struct summed *job = context;
+    job->part(context, index, thread);
+    if (atomic_fetch_sub(job->left + index / job->w.parts, 1) == 1)
+        job->finish(context, index / job->w.parts, thread);
 }
 
 /* y = x @ weight.T + bias; `shared` has x, transposed, in tiles. One sample at a time if `one` is not 0. */
@@ -98,9 +121,17 @@ SQUALL_EXPORT void squall_sparse_linear(const void *columns, const void *codes, 
             pad_double(&w);
         else
             pad_float(&w);
-        squall_parallel(task, &w, num_blocks * batch * parts, num_threads);
-        squall_parallel(is_double ? SQUALL_PICK(finish_double) : SQUALL_PICK(finish_float), &w, num_blocks * batch,
-                        num_threads);
+        squall_task finish = is_double ? SQUALL_PICK(finish_double) : SQUALL_PICK(finish_float);
+        int64_t num_sums = num_blocks * batch;
+        if (num_sums <= MOST_SUMS) {
+            struct summed job = {.w = w, .part = task, .finish = finish};
+            for (int64_t i = 0; i < num_sums; i++)
+                atomic_init(job.left + i, parts);
+            squall_parallel(one_and_finish, &job, num_sums * parts, num_threads);
+            return;
+        }
+        squall_parallel(task, &w, num_sums * parts, num_threads);
+        squall_parallel(finish, &w, num_sums, num_threads);
         return;
     }
     int64_t chunks = (batch + num_lanes(is_double) - 1) / num_lanes(is_double);

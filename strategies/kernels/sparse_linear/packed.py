@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .packing import Arranged, arrange
+from .packing import Arranged, arrange, arrange_gaps
 
 ROW_BLOCK = 2048
 _MOST_CODES = 256
@@ -181,6 +181,46 @@ def pack_codes(
     return _pack(positions, codes, codebook, shape, row_block)[0]
 
 
+def pack_gaps(
+    gaps: Tensor,
+    longest: int,
+    codes: Tensor | None,
+    values: Tensor,
+    shape: tuple[int, int],
+    row_block: int = ROW_BLOCK,
+) -> PackedWeight:
+    """Pack weights given by the gaps between them, as compressed files have them; by the compiled kernels alone.
+
+    Args:
+        gaps: uint8 or uint16: to the next weight, counted row by row, the first from -1 on; 0 goes on by ``longest`` to
+            no weight.
+        longest: See there.
+        codes: Places in ``values``, uint8; None if each weight has its own.
+        values: The codebook, of up to 256 values, or a value a weight; float32 or float64.
+        shape: Outputs and inputs.
+        row_block: As of :func:`pack_dense`.
+
+    Raises:
+        ValueError: Gaps lead to another number of weights, or out of the matrix; or as :func:`pack_codes`.
+
+    Example:
+        >>> pack_gaps(torch.tensor([2, 0, 1], dtype=torch.uint8), 1, None, torch.tensor([0.5, 1.0]), (2, 2)).to_dense()
+        tensor([[0.0000, 0.5000],
+                [0.0000, 1.0000]])
+
+    """
+    num = len(values if codes is None else codes)
+    _check(None, codes, values, shape, row_block)
+    if gaps.ndim != 1 or gaps.dtype not in (torch.uint8, torch.uint16):
+        raise ValueError(f"gaps must be one row of uint8 or uint16, got {gaps.dtype} of shape {tuple(gaps.shape)}")
+    arranged = arrange_gaps(gaps.cpu().numpy(), longest, num, *shape, max(1, min(row_block, shape[0])))
+    if isinstance(arranged, Arranged):
+        return _lay_out(arranged, codes, values, shape)
+    if arranged[0] != num:
+        raise ValueError(f"gaps don't lead to {num:,} weights")
+    raise ValueError(f"gaps run past the end, {math.prod(shape):,} weights")
+
+
 def pack_live(
     positions: Tensor, values: Tensor, shape: tuple[int, int], row_block: int = ROW_BLOCK
 ) -> tuple[PackedWeight, LivePositions]:
@@ -205,7 +245,9 @@ def pack_live(
     return packed, LivePositions(row_starts.to(device), columns.to(device), torch.from_numpy(slots).to(device))
 
 
-def _check(positions: Tensor, codes: Tensor | None, values: Tensor, shape: tuple[int, int], row_block: int) -> None:
+def _check(
+    positions: Tensor | None, codes: Tensor | None, values: Tensor, shape: tuple[int, int], row_block: int
+) -> None:
     name = "values" if codes is None else "codebook"
     if len(shape) != 2 or min(shape) < 0:
         raise ValueError(f"shape must be (outputs, inputs), got {tuple(shape)}")
@@ -213,7 +255,7 @@ def _check(positions: Tensor, codes: Tensor | None, values: Tensor, shape: tuple
         raise ValueError(f"row_block must be from 1 to 32767 rows, got {row_block}")
     if values.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} must be float32 or float64, got {values.dtype}; convert it, e.g. by .float()")
-    if positions.ndim != 1 or positions.dtype not in (torch.int32, torch.int64):
+    if positions is not None and (positions.ndim != 1 or positions.dtype not in (torch.int32, torch.int64)):
         raise ValueError(
             f"positions must be one row of int32 or int64, got {positions.dtype} of shape {tuple(positions.shape)}"
         )
@@ -221,7 +263,7 @@ def _check(positions: Tensor, codes: Tensor | None, values: Tensor, shape: tuple
         if given is not None and given.ndim != 1:
             raise ValueError(f"{of} must have one dimension, got shape {tuple(given.shape)}")
     per_weight = values if codes is None else codes
-    if len(per_weight) != len(positions):
+    if positions is not None and len(per_weight) != len(positions):
         raise ValueError(
             f"{name if codes is None else 'codes'} must be as many as positions, {len(positions)},"
             f" got {len(per_weight)}"
@@ -251,19 +293,22 @@ def _pack(
             f"positions must be in a matrix of {num_rows} x {num_columns}, from 0 to {math.prod(shape) - 1},"
             f" got {low} to {high}"
         )
+    return _lay_out(arranged, codes, values, shape), arranged
+
+
+def _lay_out(arranged: Arranged, codes: Tensor | None, values: Tensor, shape: tuple[int, int]) -> PackedWeight:
     columns, filled = arranged.fill((values if codes is None else codes).detach().cpu().numpy())
     device = values.device
     slots = torch.from_numpy(filled).to(device)
-    packed = PackedWeight(
+    return PackedWeight(
         columns=torch.from_numpy(columns).to(device),
         codes=None if codes is None else slots,
         values=slots if codes is None else values.detach().clone().contiguous(),
         rows=torch.from_numpy(arranged.rows).to(device),
         starts=torch.from_numpy(arranged.starts).to(device),
         tiles=torch.from_numpy(arranged.tiles).to(device),
-        num_rows=num_rows,
-        num_columns=num_columns,
-        row_block=row_block,
-        num_live=len(positions),
+        num_rows=shape[0],
+        num_columns=shape[1],
+        row_block=arranged.row_block,
+        num_live=len(arranged.columns),
     )
-    return packed, arranged

@@ -14,18 +14,23 @@ from numpy.typing import NDArray
 from squall.kernels import native
 
 TILE_COLUMNS, SLICE = 127, 64  # as in kernel.c
+_COUNTERS = 4  # as in pack.c
 _FILL = TILE_COLUMNS  # the column of what fills up a slice
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
-_slices = native.function("squall_pack_slices", _POINTER, *[_LONG] * 3, *[_POINTER] * 4, returns=_LONG)
+_slices = native.function("squall_pack_slices", _POINTER, *[_LONG] * 3, *[_POINTER] * 3, returns=_LONG)
 _count = {
     width: native.function(
         f"squall_pack_count_{8 * width}", _POINTER, *[_LONG] * 4, *[_POINTER] * 2, returns=_LONG
     )
     for width in (4, 8)
 }  # fmt: skip
+_count_gaps = {
+    width: native.function(f"squall_pack_count_gaps_{8 * width}", _POINTER, *[_LONG] * 6, *[_POINTER] * 4)
+    for width in (1, 2)
+}
 _fill = {
-    width: native.function(f"squall_pack_fill_{width}", _POINTER, _POINTER, _LONG, *[_POINTER] * 4)
+    width: native.function(f"squall_pack_fill_{width}", *[_POINTER] * 4, *[_LONG] * 3, *[_POINTER] * 5)
     for width in (1, 4, 8)
 }
 
@@ -35,26 +40,37 @@ class Arranged(NamedTuple):
 
     Args:
         columns: uint8: each weight's column in its tile.
-        lengths: uint8: weights of each run.
-        first_slots: int64: where each run that isn't empty begins; its next weights are :data:`SLICE` slots apart.
+        lengths: uint8: weights of each run; shape (rows, tiles of a row).
         rows: As of :class:`~squall.kernels.sparse_linear.PackedWeight`.
         starts: Likewise.
         tiles: Likewise.
+        row_block: Likewise.
 
     """
 
     columns: NDArray[np.uint8]
     lengths: NDArray[np.uint8]
-    first_slots: NDArray[np.int64]
     rows: NDArray[np.int16]
     starts: NDArray[np.int64]
     tiles: NDArray[np.int64]
+    row_block: int
 
     def slots(self) -> NDArray[np.int64]:
-        """Tell each weight's slot."""
-        lengths = self.lengths.astype(np.int64)
+        """Tell each weight's slot; those of a run are :data:`SLICE` apart."""
+        lengths = self.lengths.reshape(-1).astype(np.int64)
         steps = np.arange(len(self.columns)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return np.repeat(self.first_slots, lengths) + steps * SLICE
+        return np.repeat(self._first_slots(), lengths) + steps * SLICE
+
+    def _first_slots(self) -> NDArray[np.int64]:
+        """Where each run that isn't empty begins."""
+        first, (_, num_tiles) = np.zeros(self.lengths.shape, np.int64), self.lengths.shape
+        tile = np.repeat(np.arange(len(self.tiles) - 1), np.diff(self.tiles))  # of each slice
+        block, rows = tile // max(1, num_tiles), self.rows.reshape(-1, SLICE)
+        there = rows < self.row_block
+        slots = self.starts[:-1, None] * SLICE + np.arange(SLICE)
+        row = rows + block[:, None] * self.row_block
+        first[row[there], np.broadcast_to((tile - block * num_tiles)[:, None], rows.shape)[there]] = slots[there]
+        return first.reshape(-1)
 
     def fill(self, values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
         """Bring weights, or their codes, to their slots.
@@ -67,14 +83,21 @@ class Arranged(NamedTuple):
 
         """
         num_slots = int(self.starts[-1]) * SLICE
-        columns, filled = np.full(num_slots, _FILL, np.uint8), np.zeros(num_slots, values.dtype)
         if native.serves():
-            values = np.ascontiguousarray(values)
+            columns, filled, values = (
+                np.empty(num_slots, np.uint8),
+                np.empty(num_slots, values.dtype),
+                np.ascontiguousarray(values),
+            )
+            per_row = self.lengths.sum(1, dtype=np.int64)
+            next_of = np.cumsum(per_row) - per_row
             _fill[values.itemsize](
-                self.lengths.ctypes.data, self.first_slots.ctypes.data, len(self.lengths), self.columns.ctypes.data,
-                values.ctypes.data, columns.ctypes.data, filled.ctypes.data,
+                *(part.ctypes.data for part in (self.lengths, self.rows, self.starts, self.tiles)),
+                *self.lengths.shape, self.row_block, self.columns.ctypes.data, values.ctypes.data, next_of.ctypes.data,
+                columns.ctypes.data, filled.ctypes.data,
             )  # fmt: skip
             return columns, filled
+        columns, filled = np.full(num_slots, _FILL, np.uint8), np.zeros(num_slots, values.dtype)
         slots = self.slots()
         columns[slots], filled[slots] = self.columns, values
         return _as_bytes(columns), _as_bytes(filled) if filled.itemsize == 1 else filled
@@ -102,22 +125,55 @@ def arrange(places: NDArray[Any], num_rows: int, num_columns: int, row_block: in
     if not native.serves():
         return _arrange(places, num_rows, num_columns, row_block)
     num_tiles, places = -(-num_columns // TILE_COLUMNS), np.ascontiguousarray(places)
-    columns, lengths = np.empty(len(places), np.uint8), np.zeros(num_rows * num_tiles, np.uint8)
+    columns, lengths = np.empty(len(places), np.uint8), np.zeros((num_rows, num_tiles), np.uint8)
     num_good = _count[places.itemsize](
         places.ctypes.data, len(places), num_rows, num_columns, num_tiles, lengths.ctypes.data, columns.ctypes.data
     )
-    if num_good < len(places):
-        return None
+    return None if num_good < len(places) else _slice(columns, lengths, row_block)
+
+
+def arrange_gaps(
+    gaps: NDArray[Any], longest: int, num: int, num_rows: int, num_columns: int, row_block: int
+) -> Arranged | tuple[int, int]:
+    """Find where weights go whose places are sums of gaps; by compiled loops alone.
+
+    Args:
+        gaps: uint8 or uint16: to the next weight, the first from -1 on; 0 goes on by ``longest`` to no weight.
+        longest: See there.
+        num: How many weights there should be.
+        num_rows: Of the matrix.
+        num_columns: Likewise.
+        row_block: Rows that are sorted together.
+
+    Returns:
+        That; or, if there is another number of weights or a place outside of the matrix, the number and the last place.
+
+    """
+    num_tiles, gaps, ends = -(-num_columns // TILE_COLUMNS), np.ascontiguousarray(gaps), np.empty(2, np.int64)
+    columns, lengths = np.empty(num, np.uint8), np.zeros((num_rows, num_tiles), np.uint8)
+    counters = np.zeros(_COUNTERS * num_tiles, np.uint8)
+    _count_gaps[gaps.itemsize](
+        gaps.ctypes.data, len(gaps), longest, num, num_rows, num_columns, num_tiles, lengths.ctypes.data,
+        counters.ctypes.data, columns.ctypes.data, ends.ctypes.data,
+    )  # fmt: skip
+    num_found, last = int(ends[0]), int(ends[1])
+    if num_found != num or last >= num_rows * num_columns:
+        return num_found, last
+    return _slice(columns, lengths, row_block)
+
+
+def _slice(columns: NDArray[np.uint8], lengths: NDArray[np.uint8], row_block: int) -> Arranged:
+    """Sort the rows of each tile, and cut them into slices."""
+    num_rows, num_tiles = lengths.shape
     num_all_tiles = -(-num_rows // row_block) * num_tiles
     most = num_all_tiles * -(-row_block // SLICE)
-    first_slots, rows = np.zeros(len(lengths), np.int64), np.empty(most * SLICE, np.int16)
+    rows = np.empty(most * SLICE, np.int16)
     starts, tiles = np.zeros(most + 1, np.int64), np.zeros(num_all_tiles + 1, np.int64)
     num_slices = _slices(
-        lengths.ctypes.data, num_rows, num_tiles, row_block, first_slots.ctypes.data, rows.ctypes.data,
-        starts.ctypes.data, tiles.ctypes.data,
-    )  # fmt: skip
+        lengths.ctypes.data, num_rows, num_tiles, row_block, rows.ctypes.data, starts.ctypes.data, tiles.ctypes.data
+    )
     return Arranged(
-        columns, lengths, first_slots, rows[: num_slices * SLICE].copy(), starts[: num_slices + 1].copy(), tiles
+        columns, lengths, rows[: num_slices * SLICE].copy(), starts[: num_slices + 1].copy(), tiles, row_block
     )
 
 
@@ -142,19 +198,11 @@ def _arrange(places: NDArray[Any], num_rows: int, num_columns: int, row_block: i
     descending = np.take_along_axis(padded, order, axis=1)
     depth = descending[:, ::SLICE]  # a slice is as long as its first row
     is_slice = depth > 0
-    slice_of = np.cumsum(is_slice).reshape(is_slice.shape) - 1
     starts = np.concatenate([[0], np.cumsum(depth[is_slice])]).astype(np.int64)
     tiles = np.concatenate([[0], np.cumsum(is_slice.sum(1))]).astype(np.int64)
     lanes = np.where(descending > 0, order, row_block).astype(np.int16)
     rows = lanes.reshape(*is_slice.shape, SLICE)[is_slice]
 
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(height), order.shape), axis=1)
-    first_slots = starts[slice_of.ravel()].reshape(slice_of.shape) if len(starts) > 1 else slice_of
-    first_slots = np.take_along_axis(first_slots, rank // SLICE, axis=1) * SLICE + rank % SLICE  # of (tile, row)
-    first_slots = first_slots.reshape(num_blocks, num_tiles, height).transpose(0, 2, 1)[:, :row_block]
-    first_slots = first_slots.reshape(num_blocks * row_block, num_tiles)[:num_rows].reshape(-1)  # in the runs' order
     columns = (column_of - tile_of * TILE_COLUMNS).astype(np.uint8)
-    return Arranged(
-        columns, lengths.astype(np.uint8), first_slots, np.ascontiguousarray(rows).reshape(-1), starts, tiles
-    )
+    lengths = lengths.astype(np.uint8).reshape(num_rows, num_tiles)
+    return Arranged(columns, lengths, np.ascontiguousarray(rows).reshape(-1), starts, tiles, row_block)

@@ -12,14 +12,55 @@ ISA_TARGET SQUALL_INLINE int F(vectors)(int64_t batch, int64_t chunk)
     return batch - chunk * 2 * LANE > LANE ? 2 : 1;
 }
 
+#if IS_SINGLE
+#include "../native/transpose.h"
+
+/* out[column][lane] = in[lane][column] of 16 lanes and columns, as far as there are lanes. */
+ISA_TARGET static void F(turn)(const float *in, int64_t stride, int64_t num, float *out, int64_t lanes)
+{
+    squall_numbers rows[SQUALL_WIDTH];
+    SQUALL_UNROLL for (int i = 0; i < SQUALL_WIDTH; i++)
+        rows[i] = i < num ? *(const squall_numbers *)(in + i * stride) : (squall_numbers){0};
+    FN(transpose)(rows);
+    SQUALL_UNROLL for (int i = 0; i < SQUALL_WIDTH; i++)
+        *(squall_numbers *)(out + i * lanes) = rows[i];
+}
+
+/* out[lane][column] = in[column][lane] + bias[column] of 16 lanes and columns, as far as there are lanes. */
+ISA_TARGET static void F(turn_back)(const float *in, int64_t lanes, int64_t num, int64_t stride, const float *bias,
+                                    int relu, float *out)
+{
+    typedef int32_t masks __attribute__((vector_size(64)));
+    squall_numbers rows[SQUALL_WIDTH], added = {0};
+    if (bias)
+        added = *(const squall_numbers *)bias;
+    SQUALL_UNROLL for (int i = 0; i < SQUALL_WIDTH; i++)
+        rows[i] = *(const squall_numbers *)(in + i * lanes);
+    FN(transpose)(rows);
+    SQUALL_UNROLL for (int i = 0; i < SQUALL_WIDTH; i++) {
+        squall_numbers value = rows[i] + added;
+        if (relu)
+            value = (squall_numbers)((masks)value & ~(masks)(value < 0));
+        if (i < num)
+            *(squall_numbers *)(out + i * stride) = value;
+    }
+}
+#endif
+
 /* out[column][lane] = in[lane][column] of `width` columns; lanes beyond `num` are zero. `stride` is between lanes. */
 ISA_TARGET static void F(transpose)(const REAL *restrict in, int64_t stride, int64_t width, int64_t num, int64_t lanes,
                                     REAL *restrict out)
 {
+    int64_t done = 0;
+#if IS_SINGLE
+    for (; done + SQUALL_WIDTH <= width; done += SQUALL_WIDTH)
+        for (int64_t lane = 0; lane < lanes; lane += SQUALL_WIDTH)
+            F(turn)(in + lane * stride + done, stride, num - lane, out + done * lanes + lane, lanes);
+#endif
     if (num < lanes)
-        memset(out, 0, (size_t)(width * lanes) * sizeof(REAL));
+        memset(out + done * lanes, 0, (size_t)((width - done) * lanes) * sizeof(REAL));
     for (int64_t lane = 0; lane < num; lane++)
-        for (int64_t c = 0; c < width; c++)
+        for (int64_t c = done; c < width; c++)
             out[c * lanes + lane] = in[lane * stride + c];
 }
 
@@ -28,7 +69,14 @@ ISA_TARGET static void F(transpose_back)(const REAL *restrict in, int64_t lanes,
                                          int64_t stride, const REAL *restrict bias, int relu, REAL *restrict out)
 {
     enum { SIDE = 16 };
-    for (int64_t begin = 0; begin < width; begin += SIDE) {
+    int64_t done = 0;
+#if IS_SINGLE
+    for (; lanes % SIDE == 0 && done + SIDE <= width; done += SIDE)
+        for (int64_t lane = 0; lane < num; lane += SIDE)
+            F(turn_back)(in + done * lanes + lane, lanes, num - lane, stride, bias ? bias + done : NULL, relu,
+                         out + lane * stride + done);
+#endif
+    for (int64_t begin = done; begin < width; begin += SIDE) {
         int64_t end = at_most(begin + SIDE, width);
         for (int64_t lane = 0; lane < num; lane++)
             for (int64_t c = begin; c < end; c++) {

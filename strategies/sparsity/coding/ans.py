@@ -24,23 +24,32 @@ MAX_KINDS = 1 << 16
 """Each symbol has at least a share of 2^-24: the library's, so that it can be coded."""
 WORD_BYTES = 4
 _BYTES = np.arange(256)
-_SHARES = np.where(_BYTES > 0, (8.0 + (_BYTES & 7)) * 2.0 ** (_BYTES >> 3), 0.0)
-_MIDPOINTS = (_SHARES[1:] + _SHARES[:-1]) / 2
+SHARES = np.where(_BYTES > 0, (8.0 + (_BYTES & 7)) * 2.0 ** (_BYTES >> 3), 0.0)
+"""By byte of a model: whole numbers below 2^36, so that sums of them are exact."""
+_MIDPOINTS = (SHARES[1:] + SHARES[:-1]) / 2
 
 _Counts = npt.NDArray[np.int64]
 Symbols = npt.NDArray[np.uint16]
 
 
-def _table(counts: _Counts) -> Bytes:
-    """The model of symbols that occur so often: a byte a symbol, up to the last one that occurs."""
-    table = np.searchsorted(_MIDPOINTS, counts * (_SHARES[-1] / counts.max()))
+def table_of(counts: _Counts) -> Bytes:
+    """Make the model of symbols.
+
+    Args:
+        counts: How often each occurs; at least two do.
+
+    Returns:
+        A byte a symbol, up to the last one that occurs.
+
+    """
+    table = np.searchsorted(_MIDPOINTS, counts * (SHARES[-1] / counts.max()))
     table[counts > 0] = np.maximum(table[counts > 0], 1)
     return np.asarray(table[: int(np.flatnonzero(counts)[-1]) + 1], np.uint8)
 
 
 def _model(table: Bytes) -> constriction.stream.model.Categorical:
     # The shares are exact in float64, and with perfect=False what follows is a few exactly rounded operations.
-    return constriction.stream.model.Categorical(_SHARES[table], perfect=False)
+    return constriction.stream.model.Categorical(SHARES[table], perfect=False)
 
 
 def size(counts: _Counts) -> int:
@@ -53,8 +62,8 @@ def size(counts: _Counts) -> int:
         The number of bytes, to within a word or two.
 
     """
-    table = _table(counts)
-    shares, counts = _SHARES[table], counts[: len(table)]
+    table = table_of(counts)
+    shares, counts = SHARES[table], counts[: len(table)]
     present = counts > 0
     bits = float(-(counts[present] * np.log2(shares[present] / shares.sum())).sum())
     return len(number(len(table))) + len(table) + len(number(int(bits) // 32)) + (int(bits) // 32 + 1) * WORD_BYTES
@@ -71,11 +80,28 @@ def encode(symbols: npt.NDArray[np.int32], counts: _Counts) -> bytes:
         The model and the code.
 
     """
-    table = _table(counts)
+    table = table_of(counts)
     coder = constriction.stream.stack.AnsCoder()
     coder.encode_reverse(symbols, _model(table))
     words = np.asarray(coder.get_compressed(), "<u4").tobytes()
     return number(len(table)) + table.tobytes() + number(len(words) // WORD_BYTES) + words
+
+
+def read_table(reader: Reader, num_kinds: int) -> Bytes:
+    """Read a model.
+
+    Args:
+        reader: Stands where it begins.
+        num_kinds: How many symbols there may be.
+
+    Raises:
+        CompressedFileError: If it has fewer than two.
+
+    """
+    table = reader.take(reader.number(num_kinds))
+    if np.count_nonzero(table) < 2:
+        raise CompressedFileError("its table of frequencies has fewer than two symbols")
+    return table
 
 
 def read(reader: Reader, num_symbols: int, num_kinds: int) -> kernel.Code:
@@ -90,13 +116,11 @@ def read(reader: Reader, num_symbols: int, num_kinds: int) -> kernel.Code:
         CompressedFileError: If the bytes are none that :func:`encode` writes.
 
     """
-    table = reader.take(reader.number(num_kinds))
-    if np.count_nonzero(table) < 2:
-        raise CompressedFileError("its table of frequencies has fewer than two symbols")
+    table = read_table(reader, num_kinds)
     words = reader.take(WORD_BYTES * reader.number(reader.num_left // WORD_BYTES)).view("<u4").astype(np.uint32)
     if len(words) and not words[-1]:
         raise CompressedFileError("its ANS code ends in an empty word")
-    return kernel.Code(words, _SHARES[table], num_symbols)
+    return kernel.Code(words, SHARES[table], num_symbols)
 
 
 def decode(codes: Sequence[kernel.Code]) -> list[Callable[[], Symbols]]:

@@ -44,6 +44,11 @@ class PositionPlan(NamedTuple):
     num_fillers: int
     stream: streams.Stream
 
+    @property
+    def effort(self) -> float:
+        """What they take to decode."""
+        return self.num_symbols * self.stream.effort
+
 
 def uncoded(
     positions: Positions, num_elements: int, weight_bits: int, dense_bits: int, gap_bits: int | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from squall.kernels.ans import Code
 
-from . import ans, huffman
+from . import ans, huffman, interleaved
 from .errors import CompressedFileError
 from .fields import Reader, number
 
@@ -23,11 +24,11 @@ _FREE_SYMBOLS = 4096
 """So many symbols may take no bytes at all, as those of a stream of one symbol do."""
 TOLERANCE = 1.002
 """What takes so many times the bytes is worth it if it is decoded sooner."""
-_CONSTANT, _ANS, _HUFFMAN = range(3)
+_CONSTANT, _ANS, _HUFFMAN, _INTERLEAVED = range(4)
 _KIND = {"ans": _ANS, "huffman": _HUFFMAN}
 
 Symbols = npt.NDArray[np.int32]
-Decoded = npt.NDArray[np.uint16]
+Decoded = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 _Counts = npt.NDArray[np.int64]
 
 
@@ -37,11 +38,13 @@ class Stream(NamedTuple):
     Args:
         num_bytes: What that takes, all included; to within a word or two.
         encode: Turns the symbols into the bytes.
+        effort: What a symbol takes to decode, in those of the fastest coder.
 
     """
 
     num_bytes: float
     encode: Callable[[Symbols], bytes]
+    effort: float = 8.0
 
 
 class Sized(Protocol):
@@ -52,8 +55,8 @@ class Sized(Protocol):
         """What it takes."""
 
     @property
-    def num_symbols(self) -> int:
-        """What has to be decoded."""
+    def effort(self) -> float:
+        """What it takes to decode."""
 
 
 _Sized = TypeVar("_Sized", bound=Sized)
@@ -66,11 +69,11 @@ def smallest(ways: Sequence[_Sized]) -> _Sized:
         ways: At least one.
 
     Returns:
-        Of the ways within 0.2 % of the smallest the one with the fewest symbols.
+        Of the ways within 0.2 % of the smallest the one with the least effort.
 
     """
     limit = TOLERANCE * min(way.num_bytes for way in ways)
-    return min((way for way in ways if way.num_bytes <= limit), key=lambda way: (way.num_symbols, way.num_bytes))
+    return min((way for way in ways if way.num_bytes <= limit), key=lambda way: (way.effort, way.num_bytes))
 
 
 def plan(counts: _Counts, coder: Coder) -> Stream:
@@ -93,9 +96,14 @@ def plan(counts: _Counts, coder: Coder) -> Stream:
         return Stream(np.inf, _impossible)
     if len(present) == 1:
         constant = bytes([_CONSTANT]) + number(int(present[0]))
-        stream = Stream(len(constant), lambda symbols: constant)
+        stream = Stream(len(constant), lambda symbols: constant, effort=0.1)
     else:
         stream = Stream(1 + codes.size(counts), lambda symbols: bytes([_KIND[coder]]) + codes.encode(symbols, counts))
+        fast = 1 + interleaved.size(counts) if coder == "ans" else np.inf
+        if fast <= interleaved.TOLERANCE * stream.num_bytes:
+            stream = Stream(
+                fast, lambda symbols: bytes([_INTERLEAVED]) + interleaved.encode(symbols, counts), effort=1.0
+            )  # fmt: skip
     refused = counts.sum() > _most_symbols(max(0, int(stream.num_bytes) - 1 - 2 * ans.WORD_BYTES))
     return Stream(np.inf, _impossible) if refused else stream
 
@@ -159,7 +167,7 @@ def read(reader: Reader, num_symbols: int, num_kinds: int) -> Coded:
     """
     if not num_symbols:
         return Coded(lambda: np.empty(0, np.uint16))
-    kind = reader.number(_HUFFMAN)
+    kind = reader.number(_INTERLEAVED)
     if num_symbols > _most_symbols(0 if kind == _CONSTANT else reader.num_left):
         raise CompressedFileError(f"{num_symbols:,} symbols are announced in {reader.num_left:,} bytes")
     reader.budget.spend(num_symbols)
@@ -168,4 +176,6 @@ def read(reader: Reader, num_symbols: int, num_kinds: int) -> Coded:
         return Coded(lambda: np.full(num_symbols, symbol, np.uint16))
     if kind == _HUFFMAN:
         return Coded(huffman.read(reader, num_symbols, num_kinds))
+    if kind == _INTERLEAVED:
+        return Coded(partial(interleaved.decode, interleaved.read(reader, num_symbols, num_kinds)))
     return Coded(code=ans.read(reader, num_symbols, num_kinds))

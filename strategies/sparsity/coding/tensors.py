@@ -21,7 +21,7 @@ from . import positions, streams
 from .errors import CompressedFileError
 from .fields import Budget, Bytes, Reader, number
 from .figures import statistics_of
-from .ways import COLUMNS, MAX_VALUES, SHARED, SPARSE, Words, count_values, to_rows, ways_of
+from .ways import COLUMNS, MAX_VALUES, SHARED, SPARSE, Words, along_rows, count_values, to_rows, ways_of
 
 _E8M0 = (torch.float8_e8m0fnu,) if hasattr(torch, "float8_e8m0fnu") else ()  # torch 2.6 has none
 # A data type's place in this list is its number in the file: only ever append.
@@ -198,6 +198,23 @@ class Live(NamedTuple):
         return dense.reshape(self.shape)
 
 
+class LiveGaps(NamedTuple):
+    """The elements of a tensor that aren't zero, by the gaps between them.
+
+    Args:
+        gaps: To the next one, the first from -1 on; 0 goes on by `longest` to none.
+        longest: See there.
+        codes: Places in `values`, or None.
+        values: One an element; or the codebook.
+
+    """
+
+    gaps: Tensor
+    longest: int
+    codes: Tensor | None
+    values: Tensor
+
+
 class CodedTensor(NamedTuple):
     """A tensor that has been read, and is still to be decoded.
 
@@ -255,17 +272,14 @@ class CodedTensor(NamedTuple):
             CompressedFileError: If the bytes are none that :func:`encode` writes.
 
         """
-        values = self.values.astype(self.values.dtype.newbyteorder("="))  # a copy, of the file that may be replaced
-        codes = None if self.codes is None else self.codes.symbols()
-        if codes is None and self.layout & SHARED:  # of one value, if any
-            codes = np.zeros(self.num_stored, np.uint16)
+        codes, values = self._codes_and_values()
         if self.places is not None:
             places = self.places.positions()
-            if self.layout & COLUMNS:
-                places = to_rows(places, self.info.shape)
-                order = np.argsort(places)
-                places = places[order]
-                codes, values = (None, values[order]) if codes is None else (codes[order], values)
+            if self.layout & COLUMNS and codes is None:
+                places, values = along_rows(places, values, self.info.shape)
+            elif self.layout & COLUMNS:
+                assert codes is not None
+                places, codes = along_rows(places, codes, self.info.shape)
         elif codes is not None:
             places = np.flatnonzero((values != 0)[codes]) if len(codes) else np.flatnonzero(codes)
             codes = codes[places]
@@ -274,6 +288,33 @@ class CodedTensor(NamedTuple):
             values = values[places]
         shared = None if codes is None else torch.from_numpy(codes)
         return Live(torch.from_numpy(places), shared, _from_words(values, self.info.dtype), self.info.shape)
+
+    def gaps(self) -> LiveGaps | None:
+        """Decode the elements that aren't zero, but for their positions; once.
+
+        Returns:
+            None if the file doesn't have the gaps between them along rows; then :meth:`live` is still to be called.
+
+        Raises:
+            CompressedFileError: If the bytes are none that :func:`encode` writes.
+
+        """
+        if self.places is None or self.layout & COLUMNS:
+            return None
+        codes, values = self._codes_and_values()
+        gaps, shared = (
+            torch.from_numpy(self.places.stream.symbols()),
+            None if codes is None else torch.from_numpy(codes),
+        )
+        return LiveGaps(gaps, self.places.longest, shared, _from_words(values, self.info.dtype))
+
+    def _codes_and_values(self) -> tuple[streams.Decoded | None, Words]:
+        """Decode what is stored, but for its positions."""
+        values = self.values.astype(self.values.dtype.newbyteorder("="))  # a copy, of the file that may be replaced
+        if self.codes is not None:
+            return self.codes.symbols(), values
+        # Of one value, if any.
+        return np.zeros(self.num_stored, np.uint8) if self.layout & SHARED else None, values
 
 
 def _from_words(words: Words, dtype: torch.dtype) -> Tensor:

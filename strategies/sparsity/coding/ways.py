@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from squall.kernels import ans as kernel
+from squall.kernels import native
+
 from . import positions, streams
 from .fields import number
 
@@ -30,6 +33,7 @@ class Way(NamedTuple):
     Args:
         num_bytes: What that takes, to within a word or two.
         num_symbols: What has to be decoded.
+        effort: What that takes.
         layout: Its flags.
         encode: Makes the bytes of the positions, of the codebook, and of the codes or values.
 
@@ -37,6 +41,7 @@ class Way(NamedTuple):
 
     num_bytes: float
     num_symbols: int
+    effort: float
     layout: int
     encode: Callable[[], tuple[bytes, bytes, bytes]]
 
@@ -75,6 +80,7 @@ def ways_of(
     plain = Way(
         num_index_bytes + len(places) * words.itemsize,
         where.num_symbols,
+        where.effort,
         SPARSE | columns,
         lambda: (indices(), b"", _little(values())),
     )
@@ -85,6 +91,7 @@ def ways_of(
     sparse = Way(
         num_index_bytes + _size(codebook) + stream.num_bytes,
         where.num_symbols + len(places) * (len(codebook) > 1),
+        where.effort + len(places) * stream.effort * (len(codebook) > 1),
         SPARSE | SHARED | columns,
         lambda: (indices(), _little_codebook(codebook), stream.encode(_codes(values(), codebook))),
     )
@@ -97,6 +104,7 @@ def ways_of(
     dense = Way(
         _size(codebook_of_all) + stream_of_all.num_bytes,
         words.size * (len(codebook_of_all) > 1),
+        words.size * stream_of_all.effort * (len(codebook_of_all) > 1),
         SHARED,
         lambda: (b"", _little_codebook(codebook_of_all), stream_of_all.encode(_codes(words, codebook_of_all))),
     )
@@ -135,6 +143,27 @@ def to_rows(turned: positions.Positions, shape: tuple[int, ...]) -> positions.Po
     rows, columns = shape[0], math.prod(shape[1:])
     along_rows: positions.Positions = turned % rows * columns + turned // rows
     return along_rows
+
+
+def along_rows(
+    turned: positions.Positions, stored: npt.NDArray[Any], shape: tuple[int, ...]
+) -> tuple[positions.Positions, npt.NDArray[Any]]:
+    """Bring elements along columns into the order of rows.
+
+    Args:
+        turned: Their positions along columns, ascending, at least one.
+        stored: A number of each.
+        shape: Of the tensor.
+
+    Returns:
+        The positions along rows, ascending, and the numbers in their order.
+
+    """
+    if native.serves():
+        return kernel.turn(turned, stored, shape[0], math.prod(shape[1:]))
+    places = to_rows(turned, shape)
+    order = np.argsort(places)
+    return places[order], stored[order]
 
 
 def count_values(values: Words) -> Counted | None:

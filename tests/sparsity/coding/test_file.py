@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import stat
@@ -183,7 +184,7 @@ def rewrite(path, kinds=None, entries=None, metadata=None):
         stored = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
         old = opened.metadata()["squall"]
     table = json.dumps(kinds) if kinds is not None else old.partition("tensors=")[2]
-    text = metadata or f"version=1 checksum={'0' * 32} tensors={table}"
+    text = metadata or f"version={file.VERSION} checksum={'0' * 32} tensors={table}"
     save_file({**stored, **(entries or {})}, path, {"squall": text})
     if "checksum=" in text:
         seal(path)
@@ -215,10 +216,35 @@ def test_a_bit_that_flipped_where_any_bits_will_do(saved):
         load_compressed(path)
 
 
+FIRST_VERSION = (
+    "*Z=?k00000dm>+7ZDn*}WMOn+Utc0Rdm?jjbzy95B03^=WpZ<AZ*Dy?AY*7{V{3DDZ9O?OV>n?rF=H_?G&DFgV`4L7HaIvkHa0Xe"
+    "IW{n2V__h4Wo~nCa&tX<Tq1W|B04cFTq0szB04aAB7H0(Vj?<wB4l)VaAhJoB1SVZA}k_vXkl<=B05_#T`VGGVRT_%Z)Rq5Wpr~Q"
+    "I$JO-I9+`#B6lJ>dm?0Xd2nSSIwDm#A}k_vXkl<=B05_!H8ou<B4lB7VP9`%W^-k9b0RuhI4m(XGhKas004kL0000$00Jm71Hb|U"
+    "009U9+uPgQ+uQ#RO$SKZzv~A=ePdm3r~iZ;b_5G<V(Cq@`7{F&V=p1~>WF_xpy3p=^xHH2X=YnQ*zp8LAwNb00{{SkJ^%o~KL7v#"
+    "zySm8|Mw3s6$*2Za?haXG_pYFcac1E+EpEIy)7l;1D1~p&+$1!OXLi4MPgfLN!tlV2}-O&F5T`9MZ>r+0000"
+)
+
+
+def test_files_of_the_first_version_are_read_for_ever(tmp_path):
+    weight = torch.zeros(40, 50)
+    for start, step, value in ((0, 7, 1.5), (0, 21, -2.0), (3, 50, 0.25)):
+        weight.view(-1)[start::step] = value
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(base64.b85decode(FIRST_VERSION))
+    loaded = load_compressed(path)
+    assert torch.equal(loaded["w"], weight)
+    assert loaded["b"].tolist() == [1.0, 2.0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CompressedFileError, match="checksum is wrong"):
+        load_compressed(path)
+
+
 def test_another_version(saved):
     path, _ = saved
-    rewrite(path, metadata="version=2 and who knows what")
-    with pytest.raises(CompressedFileError, match=r"has version 2 .* reads version 1"):
+    rewrite(path, metadata="version=3 and who knows what")
+    with pytest.raises(CompressedFileError, match=r"has version 3 .* reads version 2 and older"):
         load_compressed(path)
 
 
@@ -227,10 +253,10 @@ def test_another_version(saved):
     [
         ("", "not those of a compressed file"),
         ("version=x", "not those"),
-        ("version=1 tensors={}", "no checksum"),
-        ("version=1 checksum=" + "0" * 32, "table of tensors"),
-        ("version=1 checksum=" + "0" * 32 + " tensors=[]", "table of tensors"),
-        ("version=1 checksum=" + "0" * 32 + " tensors=" + "[" * 100_000, "table of tensors"),
+        ("version=2 tensors={}", "no checksum"),
+        ("version=2 checksum=" + "0" * 32, "table of tensors"),
+        ("version=2 checksum=" + "0" * 32 + " tensors=[]", "table of tensors"),
+        ("version=2 checksum=" + "0" * 32 + " tensors=" + "[" * 100_000, "table of tensors"),
     ],
 )
 def test_other_metadata(saved, metadata, words):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from squall.kernels import native
 from squall.sparsity import CompressedFileError
 from squall.sparsity.coding import positions, streams
 from squall.sparsity.coding.fields import Reader, number
@@ -44,14 +45,18 @@ def test_gaps_and_fillers_by_hand():
     assert symbols.tolist() == [1, 2, 0, 0, 1]
 
 
-@pytest.mark.parametrize(("coder", "within"), [("ans", 1.003), ("huffman", 1.06)])
+@pytest.mark.parametrize(
+    ("coder", "within", "isa"), [("ans", 1.003, "torch"), ("ans", 1.01, native.isa()), ("huffman", 1.06, "torch")]
+)
 @pytest.mark.parametrize("density", [0.04, 0.09, 0.25, 0.38])
-def test_near_to_the_entropy_of_positions(coder, within, density):
+def test_near_to_the_entropy_of_positions(coder, within, isa, density):
+    """So few of them lie in a file where compiled kernels will look for speed that 64 states are felt."""
     num_elements = 1_000_000
     places = np.flatnonzero(np.random.default_rng(0).random(num_elements) < density)
     p = len(places) / num_elements
     bound = -num_elements * (p * np.log2(p) + (1 - p) * np.log2(1 - p)) / 8
-    assert bound < len(positions.encode(places, positions.plan(places, coder))) < within * bound
+    with native.forced(isa):
+        assert bound < len(positions.encode(places, positions.plan(places, coder))) < within * bound
 
 
 @pytest.mark.parametrize("gap_bits", [3, 5, 8])
