@@ -89,7 +89,8 @@ def measure(
         " formats, *bf16* the same in bfloat16. CSR is torch's sparse matrix, behind im2col for a convolution. Weights"
         " are Gaussian, live ones at random places. A file is AlexNet-2012 at the paper's densities and bits, against"
         " the quickest of torch.load, mapped or not, and safetensors; *on disk* means that the system had to forget it,"
-        " *in memory* that it hadn't. *against 1 thread* is how many times as fast ours is with more."
+        " *in memory* that it hadn't. *against 1 thread* is how many times as fast ours is with more. What bounds"
+        " them is in docs/how-to/inference.md."
     )
     return SuiteResult("Kernels", rows, notes, _plot(rows, claims), {"seconds": times}, failures)
 
