@@ -185,10 +185,9 @@ def _make(layer: Any, key: str, stored: CodedTensor, dtype: torch.dtype) -> _Mad
 
 def _linear(layer: nn.Linear, gaps: LiveGaps, dtype: torch.dtype) -> SparseLinear:
     codes, values = gaps.codes, gaps.values.to(dtype)
-    if codes is not None and len(values) > MOST_CODES:
-        codes, values = None, values[codes.long()]
     if codes is not None:
-        codes = codes.to(torch.uint8)
+        is_few = len(values) <= MOST_CODES
+        codes, values = (codes.to(torch.uint8), values) if is_few else (None, values[codes.long()])
     try:
         packed = pack_gaps(gaps.gaps, gaps.longest, codes, values, (layer.out_features, layer.in_features))
     except ValueError as error:

@@ -29,7 +29,8 @@ _turn = {
 }
 
 Symbols = npt.NDArray[np.uint16]
-Gaps = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+Gaps = npt.NDArray[Any]
+"""uint8 or uint16."""
 
 
 class Code(NamedTuple):

@@ -204,5 +204,5 @@ def _arrange(places: NDArray[Any], num_rows: int, num_columns: int, row_block: i
     rows = lanes.reshape(*is_slice.shape, SLICE)[is_slice]
 
     columns = (column_of - tile_of * TILE_COLUMNS).astype(np.uint8)
-    lengths = lengths.astype(np.uint8).reshape(num_rows, num_tiles)
-    return Arranged(columns, lengths, np.ascontiguousarray(rows).reshape(-1), starts, tiles, row_block)
+    of_runs = lengths.astype(np.uint8).reshape(num_rows, num_tiles)
+    return Arranged(columns, of_runs, np.ascontiguousarray(rows).reshape(-1), starts, tiles, row_block)

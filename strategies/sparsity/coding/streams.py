@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ _CONSTANT, _ANS, _HUFFMAN, _INTERLEAVED = range(4)
 _KIND = {"ans": _ANS, "huffman": _HUFFMAN}
 
 Symbols = npt.NDArray[np.int32]
-Decoded = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+Decoded = npt.NDArray[Any]
+"""uint8 or uint16."""
 _Counts = npt.NDArray[np.int64]
 
 
