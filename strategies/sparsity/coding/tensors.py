@@ -21,6 +21,7 @@ from . import positions, streams
 from .errors import CompressedFileError
 from .fields import Budget, Bytes, Reader, number
 from .figures import statistics_of
+from .streams import Decoded
 from .ways import COLUMNS, MAX_VALUES, SHARED, SPARSE, Words, along_rows, count_values, to_rows, ways_of
 
 _E8M0 = (torch.float8_e8m0fnu,) if hasattr(torch, "float8_e8m0fnu") else ()  # torch 2.6 has none
@@ -308,7 +309,7 @@ class CodedTensor(NamedTuple):
         )
         return LiveGaps(gaps, self.places.longest, shared, _from_words(values, self.info.dtype))
 
-    def _codes_and_values(self) -> tuple[streams.Decoded | None, Words]:
+    def _codes_and_values(self) -> tuple[Decoded | None, Words]:
         """Decode what is stored, but for its positions."""
         values = self.values.astype(self.values.dtype.newbyteorder("="))  # a copy, of the file that may be replaced
         if self.codes is not None:
