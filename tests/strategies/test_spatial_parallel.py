@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import squall
@@ -102,6 +103,48 @@ def test_training_equals_one_device(num_tiles: Any, tmp_path: Path) -> None:
         assert_same(result["state"], alone["state"])
         for key in ("loss", "val_loss"):
             assert result["metrics"][key] == pytest.approx(alone["metrics"][key], rel=1e-9)
+
+
+class Recomputed(Net):
+    """Checkpoints that end where some ranks wait for a fringe, and others have none, or no outputs at all."""
+
+    def __init__(self) -> None:
+        super().__init__(example=False)
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            [
+                nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, padding=1)),
+                nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2)),
+                nn.Sequential(nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d((2, 3))),
+            ]
+        )
+        self.net = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What is cut but has no gradient is recomputed, too.
+        x = checkpoint(self.stem, x, use_reentrant=False)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        output: Tensor = self.net(x.flatten(1))
+        return output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def recomputed(path: str, num_tiles: Any, devices: int) -> dict[str, Tensor]:
+    module = Recomputed()
+    strategy = "auto" if devices == 1 else squall.SpatialParallelStrategy(num_tiles)
+    trainer(path, strategy, devices).fit(module, DataLoader(samples(8), batch_size=4))
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("num_tiles", [2, 3, (2, 2)], ids=str)
+def test_checkpoints_of_activations_are_recomputed_alike(num_tiles: Any, tmp_path: Path) -> None:
+    num_ranks = num_tiles if isinstance(num_tiles, int) else num_tiles[0] * num_tiles[1]
+    alone = recomputed(str(tmp_path), 1, 1)
+    for state in run(num_ranks, recomputed, str(tmp_path), num_tiles, num_ranks, lightning=True):
+        assert_same(state, alone)
 
 
 class Replicated(Net):
