@@ -147,6 +147,43 @@ def test_checkpoints_of_activations_are_recomputed_alike(num_tiles: Any, tmp_pat
         assert_same(state, alone)
 
 
+class Looking(Net):
+    """Draws in its forward pass, and looks at what it has drawn, so that it can't be run without values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.rand(4, dtype=x.dtype)
+        output: Tensor = self.net(x) + (noise if noise.sum() > 0 else 0)
+        return output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def looked(path: str, num_tiles: int) -> dict[str, Tensor]:
+    module = Looking()
+    strategy = "auto" if num_tiles == 1 else squall.SpatialParallelStrategy(num_tiles)
+    torch.manual_seed(4)
+    trainer(path, strategy, num_tiles, max_epochs=1).fit(module, DataLoader(samples(4), batch_size=4))
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def test_a_derived_layout_leaves_random_numbers_as_they_are(tmp_path: Path) -> None:
+    alone = looked(str(tmp_path), 1)
+    for state in run(2, looked, str(tmp_path), 2, lightning=True):
+        assert_same(state, alone)
+
+
+def laid_out(path: str) -> int | None:
+    tiled = trainer(path, squall.SpatialParallelStrategy(2), 2, max_epochs=1)
+    tiled.fit(Net(), DataLoader(samples(4), batch_size=4))
+    floats: int | None = tiled.strategy.layout["net.0"].floats_per_image
+    return floats
+
+
+def test_an_example_of_another_precision_lays_out_as_well(tmp_path: Path) -> None:
+    assert run(2, laid_out, str(tmp_path), lightning=True) == [33, 33]
+
+
 class Replicated(Net):
     """Without what makes replicas differ from one device: statistics of a replica, and masks."""
 
