@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._leases import seeded
 from ._masked import MaskedStrategy
 from ._mesh import MeshStrategy
 from ._placing import INTERRUPTED, batch_size_of, log_graph, refuse_interrupted, run_eagerly
@@ -109,9 +110,11 @@ class PlacedStrategy(SplitSteps, MaskedStrategy, MeshStrategy):
             return None
         module._trainer = None  # no part of what is copied
         try:
-            if num_examples is not None:
+            with seeded(0):  # what a forward draws here, training would draw otherwise than on one device
+                example = self.precision_plugin.convert_input(example)
+                if num_examples is None:
+                    return derive(module, example, self._overrides)
                 return self._choose(partial(derive, module, example), flops_per_example(module, example), num_examples)
-            return derive(module, example, self._overrides)
         except MisconfigurationException:
             raise
         except Exception as error:  # an example that forward can't take must not stop a run that doesn't need it

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ._placing import num_images
 from .placement.columns import Columns, Crossing
@@ -81,7 +82,8 @@ class SplitSteps(DDPStrategy):
         self._columns.ledger.start_step(num_images(args[0]) if args else 1)
 
     def _run_whole(self, step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        output = step(*args, **kwargs)
+        with set_checkpoint_early_stop(False):  # or a rank that needs no fringe recomputes less than its neighbours
+            output = step(*args, **kwargs)
         synchronize_buffers()
         with no_dispatch():
             complete: STEP_OUTPUT = tree_map(lambda value: whole(value, "step output"), output)

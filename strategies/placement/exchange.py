@@ -188,16 +188,27 @@ def _other_way(transfer: Transfer) -> Transfer:
     return (transfer[0], transfer[1], not transfer[2])
 
 
+def recompute(ctx: Any) -> None:
+    """Have a checkpoint that is passed backward recomputed now, if it has not been.
+
+    torch does it when the first saved tensor is asked for. On a rank with nothing to compute behind a message that
+    would be after the message has been sent back, and on the others before: each would take one for the other.
+    """
+    _ = ctx.saved_tensors
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, local: Tensor, dim: int, have: Partition, need: Partition, transfer: Transfer, home: bool
     ) -> Tensor:
         ctx.arguments = (dim, have, need, _other_way(transfer), not home)
+        ctx.save_for_backward(local.new_empty(0))
         return (send_home if home else fetch)(local, dim, have, need, transfer)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        recompute(ctx)
         return _Exchange.apply(grad, *ctx.arguments), None, None, None, None, None
 
 

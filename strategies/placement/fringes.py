@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .exchange import send_back, start_fetch, start_home
+from .exchange import recompute, send_back, start_fetch, start_home
 from .partition import Partition, Range
 from .reach import Reach, Span, Window, edges, fringe, reach
 from .tensor import Spec
@@ -93,10 +93,12 @@ class _Depart(torch.autograd.Function):
     def forward(ctx: Any, tile: Tensor, rectangles: tuple[Rectangle, ...], flow: Flow) -> tuple[Tensor, ...]:
         flow.depart(tile)
         ctx.rectangles, ctx.flow, ctx.shape = rectangles, flow, tile.shape
+        ctx.save_for_backward(tile.new_empty(0))
         return (*(_piece(tile, rectangle) for rectangle in rectangles), tile.new_empty(0))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        recompute(ctx)
         if torch.is_grad_enabled():
             padded = [_padded(grad, piece, ctx.shape) for grad, piece in zip(grads, ctx.rectangles, strict=False)]
             # The tie adds nothing but its history, which a rank without fringes needs to answer the others.
@@ -139,10 +141,12 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tie: Tensor, flow: Flow) -> Tensor:
         ctx.flow = flow
+        ctx.save_for_backward(tie)
         return flow.arrive()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        recompute(ctx)
         ctx.flow.send_home(grad)
         return _none_of(grad), None
 

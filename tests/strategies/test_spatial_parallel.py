@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import squall
@@ -102,6 +103,85 @@ def test_training_equals_one_device(num_tiles: Any, tmp_path: Path) -> None:
         assert_same(result["state"], alone["state"])
         for key in ("loss", "val_loss"):
             assert result["metrics"][key] == pytest.approx(alone["metrics"][key], rel=1e-9)
+
+
+class Recomputed(Net):
+    """Checkpoints that end where some ranks wait for a fringe, and others have none, or no outputs at all."""
+
+    def __init__(self) -> None:
+        super().__init__(example=False)
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            [
+                nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, padding=1)),
+                nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2)),
+                nn.Sequential(nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d((2, 3))),
+            ]
+        )
+        self.net = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What is cut but has no gradient is recomputed, too.
+        x = checkpoint(self.stem, x, use_reentrant=False)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        output: Tensor = self.net(x.flatten(1))
+        return output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def recomputed(path: str, num_tiles: Any, devices: int) -> dict[str, Tensor]:
+    module = Recomputed()
+    strategy = "auto" if devices == 1 else squall.SpatialParallelStrategy(num_tiles)
+    trainer(path, strategy, devices).fit(module, DataLoader(samples(8), batch_size=4))
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("num_tiles", [2, 3, (2, 2)], ids=str)
+def test_checkpoints_of_activations_are_recomputed_alike(num_tiles: Any, tmp_path: Path) -> None:
+    num_ranks = num_tiles if isinstance(num_tiles, int) else num_tiles[0] * num_tiles[1]
+    alone = recomputed(str(tmp_path), 1, 1)
+    for state in run(num_ranks, recomputed, str(tmp_path), num_tiles, num_ranks, lightning=True):
+        assert_same(state, alone)
+
+
+class Looking(Net):
+    """Draws in its forward pass, and looks at what it has drawn, so that it can't be run without values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.rand(4, dtype=x.dtype)
+        output: Tensor = self.net(x) + (noise if noise.sum() > 0 else 0)
+        return output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def looked(path: str, num_tiles: int) -> dict[str, Tensor]:
+    module = Looking()
+    strategy = "auto" if num_tiles == 1 else squall.SpatialParallelStrategy(num_tiles)
+    torch.manual_seed(4)
+    trainer(path, strategy, num_tiles, max_epochs=1).fit(module, DataLoader(samples(4), batch_size=4))
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def test_a_derived_layout_leaves_random_numbers_as_they_are(tmp_path: Path) -> None:
+    alone = looked(str(tmp_path), 1)
+    for state in run(2, looked, str(tmp_path), 2, lightning=True):
+        assert_same(state, alone)
+
+
+def laid_out(path: str) -> int | None:
+    tiled = trainer(path, squall.SpatialParallelStrategy(2), 2, max_epochs=1)
+    tiled.fit(Net(), DataLoader(samples(4), batch_size=4))
+    floats: int | None = tiled.strategy.layout["net.0"].floats_per_image
+    return floats
+
+
+def test_an_example_of_another_precision_lays_out_as_well(tmp_path: Path) -> None:
+    assert run(2, laid_out, str(tmp_path), lightning=True) == [33, 33]
 
 
 class Replicated(Net):
