@@ -14,6 +14,8 @@ import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from squall.conf.planner.auto import choose, is_auto
+
 MODES = ("fit", "validate", "test")
 # What a model file leaves null, and the attribute of the DataModule that fills it in.
 _WITH_ADAGRAD = ("DownpourStrategy", "HogwildStrategy")
@@ -168,8 +170,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
     quiet_console()
     cfg = cfg.copy()
     with open_dict(cfg):
-        cfg.trainer.devices = num_devices(cfg)
         datamodule = _make_datamodule(cfg.data)
+        if is_auto(cfg.strategy):
+            print(choose(cfg, datamodule))
+        cfg.trainer.devices = num_devices(cfg)
         fill_from_data(cfg.model, datamodule)
         choose_optimizer(cfg)
     add_compressed(cfg)

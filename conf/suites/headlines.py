@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,6 +88,14 @@ def _compression(rows: Rows) -> Iterator[Headline]:
         yield f"compressed file, {net} at the paper's densities and bits", f"{rate:.1f} x smaller"
 
 
+def _planner(rows: Rows) -> Iterator[Headline]:
+    errors = sorted(abs(row["error %"]) for row in rows)
+    yield (
+        f"error of {len(rows)} predicted steps, median and worst",
+        f"{statistics.median(errors):.0f} %, {errors[-1]:.0f} %",
+    )
+
+
 def _kernels(rows: Rows) -> Iterator[Headline]:
     for work in (
         "LRN, 64x96x55x55, forward and backward", "fc6 at 9 %, batch 1, 5-bit codebook",
@@ -107,6 +116,7 @@ HEADLINES: dict[str, Callable[[Rows], Iterator[Headline]]] = {
     "deep_compression": _deep_compression,
     "compression": _compression,
     "kernels": _kernels,
+    "planner": _planner,
 }
 
 

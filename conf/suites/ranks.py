@@ -17,7 +17,7 @@ from typing import Any
 from squall.conf.suites.links import Link
 from squall.conf.suites.programs import Order, Programs, free_port, programs, serve
 
-_DEALING = ("ddp", "zero1", "hybrid_parallel")  # each rank has a part of the batch
+_DEALING = ("ddp", "zero1", "hybrid_parallel", "downpour")  # each rank has a part of the batch
 
 
 class Ranks:
@@ -26,13 +26,13 @@ class Ranks:
     Args:
         processes: One a rank.
         link: How they reach each other.
-        net: Arguments of :class:`squall.models.AlexNet`.
+        net: Arguments of :class:`squall.models.AlexNet`, or of the network of ``squall.models`` that ``name`` names.
 
     """
 
     def __init__(self, processes: Programs, link: Link, net: Mapping[str, Any]) -> None:
-        self._processes = processes
-        self._link = link
+        self.processes = processes
+        self.link = link
         self._net = dict(net)
 
     def time(self, strategy: str, batch_size: int, num_steps: int) -> list[float]:
@@ -68,15 +68,17 @@ class Ranks:
             RuntimeError: If a rank ends.
 
         """
-        num_ranks = 1 if strategy == "single" else len(self._link.prefixes)
+        num_ranks = 1 if strategy == "single" else len(self.link.prefixes)
         order = {
             "net": self._net, "strategy": strategy, "batch_size": batch_size, "num_steps": num_steps,
-            "num_ranks": num_ranks, "port": free_port(), "link": self._link.main_address,
+            "num_ranks": num_ranks, "port": free_port(), "link": self.link.main_address,
             "options": dict(options or {}),
+            # Shards of one host are reached through its memory, so hosts have to be told apart.
+            "num_hosts": num_ranks if strategy == "downpour" and self.link.name != "loopback" else 1,
         }  # fmt: skip
-        answers = self._processes.ask({rank: order for rank in range(num_ranks)})
+        answers = self.processes.ask({rank: order for rank in range(num_ranks)})
         # All ranks' traffic is on one interface if they are on one host.
-        shared = num_ranks if self._link.name == "loopback" else 1
+        shared = num_ranks if self.link.name == "loopback" else 1
         sent = sum(answer["sent"] for answer in answers.values()) / num_ranks / shared
         seconds: list[float] = answers[0]["seconds"]
         return seconds, sent / num_steps
@@ -89,17 +91,37 @@ def ranks_on(link: Link, net: Mapping[str, Any]) -> Iterator[Ranks]:
         yield Ranks(processes, link, net)
 
 
-class _Rank:
+class Rank:
+    """One rank, which fits as it is told.
+
+    Args:
+        rank: Its number.
+
+    """
+
     def __init__(self, rank: int) -> None:
-        self._rank = rank
+        self.rank = rank
+        self._net: Mapping[str, Any] = {}
         self._module: Any = None
+
+    def loader(self, images: Any, labels: Any, num_steps: int) -> tuple[Any, int]:
+        """What is trained on, and in how many epochs: one batch again and again.
+
+        Args:
+            images: Of this rank's batch.
+            labels: Likewise.
+            num_steps: Steps of this rank.
+
+        """
+        from torch.utils.data import DataLoader, TensorDataset
+
+        return DataLoader(TensorDataset(images, labels), batch_size=len(images)), num_steps
 
     def carry_out(self, order: Order) -> dict[str, Any]:
         """Fit once; returns the seconds of each step but the first, and the bytes that left the host meanwhile."""
         import torch
         from lightning.pytorch import Callback, Trainer
         from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-        from torch.utils.data import DataLoader, TensorDataset
 
         import squall
 
@@ -113,19 +135,22 @@ class _Rank:
                 self.sent.append(_sent())
 
         torch.set_num_threads(1)
-        if self._module is None:
-            self._module = _make_module(order["net"])
+        if self._module is None or self._net != order["net"]:
+            self._net, self._module = order["net"], _make_module(order["net"])
         module, num_ranks = self._module, order["num_ranks"]
+        node, local = (self.rank, 0) if order["num_hosts"] > 1 else (0, self.rank)
         os.environ.update(
-            LOCAL_RANK=str(self._rank), NODE_RANK="0", WORLD_SIZE=str(num_ranks), MASTER_ADDR=order["link"],
-            MASTER_PORT=str(order["port"]),
+            LOCAL_RANK=str(local), NODE_RANK=str(node), WORLD_SIZE=str(num_ranks), MASTER_ADDR=order["link"],
+            MASTER_PORT=str(order["port"]), SQUALL_SECRET="of two hosts that are one",
         )  # fmt: skip
         share = order["batch_size"] // (num_ranks if order["strategy"] in _DEALING else 1)
         torch.manual_seed(1)
         images = torch.randn(share, module.net.in_channels, module.net.image_size, module.net.image_size)
         labels = torch.randint(module.net.num_classes, (share,))
-        loader = DataLoader(TensorDataset(images, labels), batch_size=share)
         name, options = order["strategy"], order["options"]
+        # Downpour's batches are dealt out to all ranks.
+        num_steps = (order["num_steps"] + 1) * (num_ranks if name == "downpour" else 1)
+        loader, num_epochs = self.loader(images, labels, num_steps)
         module.partitions_state = name == "zero1"
         strategy: Any = "auto"
         if name in ("ddp", "zero1") and num_ranks > 1:
@@ -137,9 +162,9 @@ class _Rank:
             strategy = StrategyRegistry[name]["strategy"](**options)
         clock = Clock()
         Trainer(
-            strategy=strategy, accelerator="cpu", devices=num_ranks, max_epochs=order["num_steps"] + 1, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            use_distributed_sampler=False, callbacks=[clock],
+            strategy=strategy, accelerator="cpu", devices=num_ranks // order["num_hosts"],
+            num_nodes=order["num_hosts"], max_epochs=num_epochs, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, callbacks=[clock],
         ).fit(module, loader)  # fmt: skip
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -157,14 +182,15 @@ def _make_module(net_arguments: Mapping[str, Any]) -> Any:
     from lightning.pytorch import LightningModule
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    from squall.models import AlexNet
+    import squall.models
 
     class Classifier(LightningModule):
         partitions_state = False
 
         def __init__(self) -> None:
             super().__init__()
-            self.net = AlexNet(**net_arguments)
+            arguments = dict(net_arguments)
+            self.net = getattr(squall.models, arguments.pop("name", "AlexNet"))(**arguments)
 
         def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
             return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -180,4 +206,4 @@ def _make_module(net_arguments: Mapping[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    serve(_Rank(int(sys.argv[1])).carry_out)
+    serve(Rank(int(sys.argv[1])).carry_out)

@@ -49,12 +49,12 @@ def test_the_groups_are_those_that_users_know():
     names = {path.name for path in TREE.iterdir() if path.is_dir() and any(path.glob("*.yaml"))}
     assert names >= {"strategy", "model", "data", "trainer", "callbacks", "logger", "experiment"}
     assert options("strategy") == [
-        "column_parallel", "ddp", "deep_compression", "downpour", "hogwild", "hybrid_parallel", "rigl", "sandblaster",
-        "set", "single", "sparse_momentum", "spatial_parallel", "static_mask",
+        "auto", "column_parallel", "ddp", "deep_compression", "downpour", "hogwild", "hybrid_parallel", "rigl",
+        "sandblaster", "set", "single", "sparse_momentum", "spatial_parallel", "static_mask",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", options("strategy"))
+@pytest.mark.parametrize("name", [name for name in options("strategy") if name != "auto"])
 def test_strategies(tree, name):
     cfg = tree(f"strategy={name}")
     assert isinstance(hydra.utils.instantiate(cfg.strategy), Strategy)

@@ -20,14 +20,15 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.strategies import Strategy
 
-from squall.conf import compress
+from squall.conf import compress, plan
+from squall.conf.planner.clusters import HERE, sizes_of
 from tests.conf import programs
 from tests.ranks import free_port, run
 
 from . import running
 from .pages import PAGES, ROOT, Block, blocks, inline, read_blocks
 
-_COMMANDS = ("squall", "squall-bench", "squall-compress", "python", "torchrun", "pytest")
+_COMMANDS = ("squall", "squall-bench", "squall-compress", "squall-plan", "python", "torchrun", "pytest")
 
 
 def _cases(*languages: str) -> list[Any]:
@@ -121,6 +122,17 @@ def _check_bench(arguments: list[str]) -> None:
         inspect.signature(hydra.utils.get_method(cfg.suite._target_)).bind(**options)
 
 
+def _check_plan(arguments: list[str]) -> None:
+    """Plan, unless that would measure for a minute, on few machines."""
+    if arguments[:1] == ["simulate"]:
+        return
+    for cfg in _compose("plan", arguments):
+        plan.task_of(cfg.model, cfg.images)
+        if cfg.cluster.name != HERE:
+            cfg.cluster.num_nodes = min(sizes_of(cfg.cluster.num_nodes)[-1], 2)
+            plan.plan(cfg)
+
+
 def _check_compress(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "compressed.safetensors" if "--decode" in arguments else "weights.ckpt"
     given = next(word for word in arguments if not word.startswith("-") and "=" not in word)
@@ -175,6 +187,8 @@ def test_commands(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -
             _check_squall(arguments)
         elif command == "squall-bench":
             _check_bench(arguments)
+        elif command == "squall-plan":
+            _check_plan(arguments)
         elif command == "squall-compress":
             _check_compress(arguments, folder, monkeypatch)
         elif command == "python":
@@ -195,5 +209,7 @@ def test_commands_within_sentences(page: Path) -> None:
             _check_squall(arguments)
         elif command == "squall-bench":
             _check_bench(arguments)
+        elif command == "squall-plan":
+            _check_plan(arguments)
         elif command == "python":
             _check_module(arguments)

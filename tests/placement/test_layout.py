@@ -114,3 +114,10 @@ def test_refuses_a_file_that_is_not_there() -> None:
 def test_refuses_lazy_layers() -> None:
     with pytest.raises(MisconfigurationException, match="uninitialized"):
         plan_layout(nn.Sequential(nn.LazyLinear(3)), 2)
+
+
+def test_a_layout_is_derived_of_shapes_alone() -> None:
+    with torch.device("meta"):
+        net = models.AlexNet(num_classes=10, image_size=28, in_channels=1)
+    layout = derive_layout(net, torch.zeros(1, 1, 28, 28, device="meta"), num_columns=2)
+    assert layout["conv3"].crosses

@@ -90,7 +90,7 @@ def _needed(value: Tensor, dim: int, need: Partition, spec: Spec) -> Tensor:
 def autocast(value: Tensor) -> Tensor:
     """What the layer will be computed in is what travels: half the bytes, the same numbers."""
     device = value.device.type
-    if value.dtype is torch.float32 and torch.is_autocast_enabled(device):
+    if value.dtype is torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
         return value.to(torch.get_autocast_dtype(device))
     return value
 

@@ -1,0 +1,362 @@
+"""What every Strategy would make of a step on a cluster, and which is the one to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from squall.placement.speeds import Speeds
+
+from . import steps
+from .clusters import Cluster
+from .events import Compute, Memory, Send, Trace
+from .timeline import Timeline, play
+
+_MOST_TRACED = 32  # ranks whose passes are recorded one by one
+_LOCAL = 6  # times that a step between two fetches reads or writes a weight: its own step, and what it owes the shards
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A Strategy and its mesh.
+
+    Args:
+        strategy: "single", "ddp", "zero1", "columns", "spatial", "hybrid" or "downpour".
+        num_ranks: In all.
+        per_replica: Ranks that hold one replica between them, of columns and tiles.
+        options: Of the Strategy: ``scheme`` of hybrid; ``push_every``, ``codec`` and ``overlap`` of Downpour.
+        num_nodes: Machines that the ranks are on.
+
+    """
+
+    strategy: str
+    num_ranks: int
+    per_replica: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_nodes: int = 1
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        if self.strategy == "hybrid":
+            return f"hybrid ({self.options['scheme']})"
+        if self.per_replica > 1 and self.num_ranks > self.per_replica:
+            return f"{self.strategy} {self.per_replica} x {self.num_ranks // self.per_replica}"
+        return self.strategy
+
+    @property
+    def overrides(self) -> list[str]:
+        """What ``squall`` is to be told for it; nothing if it can't be."""
+        words = {
+            "single": ["strategy=single"],
+            "ddp": ["strategy=ddp"],
+            "columns": ["strategy=column_parallel", f"strategy.num_columns={self.per_replica}"],
+            "spatial": ["strategy=spatial_parallel", f"strategy.num_tiles={self.per_replica}"],
+            "hybrid": ["strategy=hybrid_parallel", f"strategy.scheme={self.options.get('scheme')}"],
+            "downpour": ["strategy=downpour", *(f"strategy.{key}={value}" for key, value in self.options.items())],
+        }.get(self.strategy, [])
+        if words and self.num_ranks > 1:
+            words += [f"trainer.devices={self.num_ranks // self.num_nodes}"]
+        if words and self.num_nodes > 1:
+            words += [f"trainer.num_nodes={self.num_nodes}"]
+        if self.per_replica > 1 and self.num_ranks > self.per_replica:
+            words += [f"strategy.data_parallel_size={self.num_ranks // self.per_replica}"]
+        return words
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of a step.
+
+    Args:
+        num_examples: Of all ranks together.
+        per_replica: Whether they are those of a replica instead, as with a DataLoader that has a batch size.
+
+    Example:
+        >>> Batch(64, per_replica=True).of(Alternative("ddp", 4)), Batch(64).of(Alternative("ddp", 4))
+        (256, 64)
+
+    """
+
+    num_examples: int
+    per_replica: bool = False
+
+    def of(self, alternative: Alternative) -> int:
+        """Of all ranks together under a Strategy."""
+        replicas = alternative.num_ranks // alternative.per_replica
+        return self.num_examples * replicas if self.per_replica else self.num_examples
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a Strategy makes of a step.
+
+    Args:
+        alternative: Which.
+        seconds: Of a step.
+        num_examples: Of a step, all ranks together.
+        num_bytes: That a rank sends in a step.
+        memory: Of a rank.
+        timeline: Where the time goes; ``None`` if ranks don't wait for each other.
+        euros_per_hour: Of what it runs on; 0 if nobody says.
+        fits: Whether a rank's memory suffices.
+
+    """
+
+    alternative: Alternative
+    seconds: float
+    num_examples: int
+    num_bytes: float
+    memory: Memory
+    timeline: Timeline | None = None
+    euros_per_hour: float = 0.0
+    fits: bool = True
+
+    @property
+    def images_per_second(self) -> float:
+        """All ranks together."""
+        return self.num_examples / self.seconds
+
+    @property
+    def samples_per_euro(self) -> float | None:
+        """Nothing if nobody says what an hour costs."""
+        return 3600 * self.images_per_second / self.euros_per_hour if self.euros_per_hour else None
+
+
+def alternatives(ranks: int, per_node: int, batch: Batch, downpour: Mapping[str, Any]) -> list[Alternative]:
+    """Every Strategy and mesh that ranks, and the images of a step, allow.
+
+    Args:
+        ranks: Their number.
+        per_node: Ranks of a machine: those of a replica in columns or tiles are on one.
+        batch: Images of a step.
+        downpour: Options of Downpour.
+
+    """
+    batch_size = batch.num_examples * (ranks if batch.per_replica else 1)
+    found = [Alternative("single", 1)]
+    if ranks == 1:
+        return found
+    if batch_size >= ranks:
+        found += [Alternative("ddp", ranks), Alternative("zero1", ranks)]
+    for strategy in ("columns", "spatial"):
+        for size in _divisors(ranks):
+            if size <= max(per_node, 2) and batch_size * size >= ranks:
+                found.append(Alternative(strategy, ranks, size))
+    if batch_size >= ranks and ranks <= _MOST_TRACED:
+        found += [Alternative("hybrid", ranks, options={"scheme": scheme}) for scheme in "abc"]
+    if batch_size >= ranks:
+        found.append(Alternative("downpour", ranks, options=dict(downpour)))
+    nodes = max(ranks // max(per_node, 1), 1)
+    return [found[0], *(replace(alternative, num_nodes=nodes) for alternative in found[1:])]
+
+
+def _divisors(number: int) -> Iterator[int]:
+    size = 2
+    while size <= min(number, _MOST_TRACED):
+        if number % size == 0:
+            yield size
+        size *= 2
+
+
+def trace_of(task: steps.Task, alternative: Alternative, batch_size: int, cluster: Cluster | None = None) -> Trace:
+    """The step of one rank.
+
+    Args:
+        task: What is trained.
+        alternative: Under which Strategy.
+        batch_size: Images of a step, all ranks together.
+        cluster: Whose speeds hybrid's layout goes by.
+
+    Raises:
+        MisconfigurationException: If the Strategy can't do it.
+
+    """
+    ranks, size = alternative.num_ranks, alternative.per_replica
+    each, of_replica = max(batch_size // ranks, 1), max(batch_size * size // ranks, 1)
+    kind = alternative.strategy
+    if kind == "single":
+        return steps.single(task, batch_size)
+    if kind == "ddp":
+        return steps.ddp(task, each, ranks)
+    if kind == "zero1":
+        return steps.zero1(task, each, ranks)
+    if kind == "columns":
+        return steps.columns(task, of_replica, size, ranks // size)
+    if kind == "spatial":
+        return steps.spatial(task, of_replica, (size, 1), ranks // size)
+    if kind == "hybrid":
+        measure = None if cluster is None else lambda: speeds_of(cluster)
+        return steps.hybrid(task, each, ranks, alternative.options["scheme"], measure)
+    return steps.gradient(task, each)
+
+
+def speeds_of(cluster: Cluster) -> Speeds:
+    """A cluster's figures as Strategies measure them when they choose a layout."""
+    device, link = cluster.device, cluster.network.link_of(cluster.num_ranks)
+    return Speeds(
+        flops=device.flops * device.efficiency.get("gemm", 1.0) / device.factor,
+        bytes=device.bandwidth * device.efficiency.get("memory", 1.0) / device.factor,
+        link=link.bandwidth,
+        latency=link.latency,
+    )
+
+
+def predict(task: steps.Task, alternative: Alternative, batch_size: int, cluster: Cluster) -> Prediction:
+    """Say what a step takes, sends and holds.
+
+    Args:
+        task: What is trained.
+        alternative: Under which Strategy.
+        batch_size: Images of a step, all ranks together.
+        cluster: On which machines.
+
+    Raises:
+        MisconfigurationException: If the Strategy can't do it.
+
+    """
+    trace = trace_of(task, alternative, batch_size, cluster)
+    price = cluster.euros_per_hour
+    if alternative.num_ranks == 1:
+        price /= max(cluster.num_ranks, 1)
+    extra = cluster.overheads.get(alternative.strategy, 0.0) * trace.num_computed
+    line = play(trace, cluster.device, cluster.network)
+    line.seconds += extra
+    seconds, num_bytes, memory = line.seconds, float(trace.sent()), trace.memory
+    if alternative.strategy == "downpour":
+        seconds, num_bytes = _asynchronous(task, seconds, alternative, cluster)
+    fits = not cluster.device.memory or memory.total <= cluster.device.memory
+    done = max(batch_size // alternative.num_ranks, 1) * alternative.num_ranks
+    return Prediction(alternative, seconds, done, num_bytes, memory, line, price, fits)
+
+
+def _asynchronous(
+    task: steps.Task, computing: float, alternative: Alternative, cluster: Cluster
+) -> tuple[float, float]:
+    """Seconds of a worker's step, and the bytes that a machine of its sends for it.
+
+    A worker pushes and fetches every few steps, and steps by itself in between. Shards need a core, too: where all are
+    taken, what they do takes the workers' time. Between machines, each of which has an equal part of the shards, the
+    other parts travel.
+    """
+    options, device, network = alternative.options, cluster.device, cluster.network
+    every = int(options.get("push_every", 1))
+    num_bytes = 4.0 * task.num_parameters
+    local = (every - 1) / every * device.copy_seconds(_LOCAL * num_bytes)
+    shard = (
+        (cluster.shard_seconds or 11 / (device.bandwidth * device.efficiency.get("memory", 1.0))) * num_bytes / every
+    )
+    own = computing + local
+    cores = cluster.cores_per_node or 2 * network.devices_per_node
+    per_core = network.devices_per_node / cores
+    overlaps = bool(options.get("overlap"))
+    seconds = max(own + (0.0 if overlaps else shard), (own + shard) * min(per_core, 1.0) if per_core <= 1 else 0.0)
+    if per_core >= 1:
+        seconds = (own + shard) * per_core
+    if network.num_nodes == 1:
+        return seconds, 0.0
+    shares = {"fp32": 1.0, "bf16": 0.5, "int8": 0.25, "1bit": 1 / 32, "topk": 0.02}
+    coded = shares.get(str(options.get("codec", "fp32")), 1.0) * num_bytes
+    away = (network.num_nodes - 1) / network.num_nodes
+    travels = 2 * coded * away * network.devices_per_node / every  # there, and as much back to others
+    link = network.between
+    wire = travels / link.bandwidth + 4 * link.latency / every
+    if overlaps:
+        kept = link.cpu_share * wire  # from the workers' cores
+        return max(seconds + kept, wire * link.slowdown), travels
+    return seconds + wire, travels
+
+
+def predict_all(
+    task: steps.Task, batch: Batch, cluster: Cluster, downpour: Mapping[str, Any], only: Sequence[str] | None = None
+) -> tuple[list[Prediction], dict[str, str]]:
+    """Predict every alternative that there is.
+
+    Args:
+        task: What is trained.
+        batch: Images of a step.
+        cluster: On which machines.
+        downpour: Options of Downpour.
+        only: Names of strategies to look at; ``None`` for all.
+
+    Returns:
+        The predictions, the fastest first, and why others are left out, by label.
+
+    """
+    found, left_out = [], {}
+    for alternative in alternatives(cluster.num_ranks, cluster.network.devices_per_node, batch, downpour):
+        if only is not None and alternative.strategy not in only:
+            continue
+        try:
+            found.append(predict(task, alternative, batch.of(alternative), cluster))
+        except MisconfigurationException as error:
+            left_out[alternative.label] = str(error).partition(". ")[0]
+    return sorted(found, key=lambda prediction: prediction.seconds / prediction.num_examples), left_out
+
+
+def recommend(predictions: Sequence[Prediction], asynchronous: bool = False) -> tuple[Prediction, str]:
+    """Choose: the fastest that fits, the simplest of those within a twentieth of it.
+
+    Args:
+        predictions: As of :func:`predict_all`.
+        asynchronous: Whether Downpour may be chosen, whose gradients are late.
+
+    Returns:
+        The choice, and the reason.
+
+    Raises:
+        MisconfigurationException: If nothing fits.
+
+    """
+    able = [p for p in predictions if p.fits and (asynchronous or p.alternative.strategy != "downpour")]
+    able = [p for p in able if p.alternative.overrides]  # what there is a Strategy for
+    if not able:
+        most = min(predictions, key=lambda p: p.memory.total)
+        raise MisconfigurationException(
+            f"No strategy fits: {most.alternative.label} needs least, {most.memory.total / 1e9:.1f} GB a rank."
+            " Use more ranks, smaller batches, or devices with more memory."
+        )
+    best = max(able, key=lambda p: p.images_per_second)
+    near = [p for p in able if p.images_per_second >= 0.95 * best.images_per_second]
+    simplicity = ("single", "ddp", "columns", "spatial", "hybrid", "downpour")
+    chosen = min(near, key=lambda p: (simplicity.index(p.alternative.strategy), -p.images_per_second))
+    others = [p for p in able if p.alternative.strategy != chosen.alternative.strategy]
+    reason = f"{chosen.images_per_second:,.0f} images/s"
+    if others:
+        second = max(others, key=lambda p: p.images_per_second)
+        ratio = chosen.images_per_second / second.images_per_second
+        reason += f", {ratio:.2f} x {second.alternative.label}: " + _why(chosen, second)
+    return chosen, reason
+
+
+def _why(chosen: Prediction, other: Prediction) -> str:
+    waits = [sum(p.timeline.waiting.values()) if p.timeline is not None else 0.0 for p in (chosen, other)]
+    if chosen.alternative.num_ranks == 1:
+        return f"alone nothing is sent, and there each step waits {waits[1] * 1e3:,.0f} ms for messages"
+    return (
+        f"a rank sends {chosen.num_bytes / 1e6:,.1f} MB a step and waits {waits[0] * 1e3:,.0f} ms for messages, there"
+        f" {other.num_bytes / 1e6:,.1f} MB and {waits[1] * 1e3:,.0f} ms"
+    )
+
+
+def layers_of(trace: Trace) -> list[dict[str, Any]]:
+    """FLOPs and bytes of each layer in a step, by phase.
+
+    Args:
+        trace: Of a rank.
+
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for event in trace:
+        if not isinstance(event, Compute | Send):
+            continue
+        row = rows.setdefault(event.layer, {"layer": event.layer, "sent": 0})
+        if isinstance(event, Send):
+            row["sent"] += event.num_bytes
+        else:
+            for name, value in (("FLOPs", event.operation.flops), ("bytes", event.operation.num_bytes)):
+                row[f"{name} {event.phase}"] = row.get(f"{name} {event.phase}", 0) + value
+    return list(rows.values())
