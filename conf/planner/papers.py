@@ -262,5 +262,10 @@ def tables() -> str:
     return to_markdown(rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the table."""
     print(tables(), end="")
+
+
+if __name__ == "__main__":
+    main()
