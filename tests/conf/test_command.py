@@ -95,7 +95,7 @@ def test_bench_runs_all_suites_whatever_becomes_of_each(call, tmp_path, monkeypa
         return bench.SuiteResult("Shards", rows, failures=["Too slow."])
 
     monkeypatch.setattr("squall.conf.suites.shards.measure", round_trips)
-    settings = "suite.settings={shards: [num_rounds=3], compression: ['nets=[nothing]']}"
+    settings = "suite.settings={shards: ['num_rounds=3'], compression: ['nets=[nothing]']}"
     code, error, _ = call(bench.main, "suite=all", "suite.names=[compression,shards]", settings, "hydra.run.dir=there")
     assert (code, seen) == (1, [3])
     assert "compression: was not measured: " in error
@@ -110,8 +110,8 @@ def test_bench_runs_all_suites_whatever_becomes_of_each(call, tmp_path, monkeypa
     ("override", "words"),
     [
         ("suite.names=[shrads]", "no suite shrads. There are: columns, compression"),
-        ("suite.settings={shards: [rounds=1]}", "Key 'rounds' is not in struct"),
-        ("suite.settings={shards: {num_rounds: 1}}", "must be a list of what is to be otherwise"),
+        ("suite.settings={shards: ['rounds=1']}", "Could not override 'suite.rounds'"),
+        ("suite.settings={shards: num_rounds}", "must be a list of what is to be otherwise"),
     ],
 )
 def test_bench_names_what_is_no_suite(call, override, words):
