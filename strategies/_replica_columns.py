@@ -133,25 +133,12 @@ class ReplicasInColumns(SplitSteps, UpdatingStrategy):
                 )
             refuse_interrupted(self.lightning_module)
             self._keep_metrics_apart(self.lightning_module)
-            self._only_note_sigterm(trainer)
         super().setup(trainer)
 
     def _share_initial_state(self) -> None:
         super()._share_initial_state()
         if self._together is not None:
             self._together.equalize([tensor.data for tensor in self._state().values()])
-
-    def _only_note_sigterm(self, trainer: Trainer) -> None:
-        """Keep Lightning from telling others within the signal, wherever they are: columns hear before a batch."""
-        connector = trainer._signal_connector
-
-        def note(signum: int, frame: Any) -> None:
-            if not connector.received_sigterm and self._launcher is not None:
-                self._launcher.kill(signum)  # type: ignore[arg-type]
-            connector.received_sigterm = True
-
-        connector._sigterm_notifier_fn = note  # type: ignore[assignment, method-assign]
-        self._undo.append(lambda: vars(connector).pop("_sigterm_notifier_fn", None))
 
     def _keep_metrics_apart(self, module: LightningModule) -> None:
         """The columns of a replica count the same samples, and other replicas' wait for nobody."""

@@ -138,6 +138,32 @@ class HydraAwareLauncher(_SubprocessScriptLauncher):
             MisconfigurationException: If SLURM has started other ranks than these, or this host finds no way to rank 0.
 
         """
+        with self._noting_sigterm(trainer):
+            return self._launch(function, *args, trainer=trainer, **kwargs)
+
+    @contextlib.contextmanager
+    def _noting_sigterm(self, trainer: Any) -> Iterator[None]:
+        """Keep Lightning from telling others of SIGTERM within the signal: they hear of it before the next batch.
+
+        Its handler broadcasts wherever this rank is; another one that waits for this rank there would wait for ever.
+        """
+        if trainer is None:
+            yield
+            return
+        connector = trainer._signal_connector
+
+        def note(signum: int, frame: Any) -> None:
+            if not connector.received_sigterm:
+                self.kill(signum)
+            connector.received_sigterm = True
+
+        connector._sigterm_notifier_fn = note
+        try:
+            yield
+        finally:
+            vars(connector).pop("_sigterm_notifier_fn", None)
+
+    def _launch(self, function: Callable[..., Any], *args: Any, trainer: Any, **kwargs: Any) -> Any:
         on_gpu = trainer is not None and isinstance(trainer.accelerator, CUDAAccelerator)
         check_allocation(self.cluster_environment, self.num_processes, self.num_nodes, on_gpu)
         if membership.started_by_launcher:

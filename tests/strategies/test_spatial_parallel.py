@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,25 @@ def test_checkpoints_of_activations_are_recomputed_alike(num_tiles: Any, tmp_pat
     alone = recomputed(str(tmp_path), 1, 1)
     for state in run(num_ranks, recomputed, str(tmp_path), num_tiles, num_ranks, lightning=True):
         assert_same(state, alone)
+
+
+class Terminated(Net):
+    """Rank 0 is told to end where the other one is about to wait for its rows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_rank == 0 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+def terminated(path: str) -> str:
+    with pytest.raises(BaseException) as caught:  # noqa: PT011  (of rank 1: its connection is closed)
+        trainer(path, squall.SpatialParallelStrategy(2), 2).fit(Terminated(), DataLoader(samples(), batch_size=4))
+    return type(caught.value).__name__
+
+
+def test_sigterm_of_one_rank_ends_all(tmp_path: Path) -> None:
+    assert run(2, terminated, str(tmp_path), lightning=True, timeout=60)[0] == "SIGTERMException"
 
 
 class Looking(Net):
