@@ -85,7 +85,7 @@ def describe_machine() -> dict[str, Any]:
         "processor": _processor_name(),
         "cores": cores,
         "versions": versions,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])]),
     }
 
 

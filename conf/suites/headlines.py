@@ -59,6 +59,12 @@ def _staleness(rows: Rows) -> Iterator[Headline]:
     yield f"points of accuracy against DDP, {most} workers, updates {late:.0f} late", f"{points:+.2f}"
 
 
+def _simulation(rows: Rows) -> Iterator[Headline]:
+    numbers = ", ".join(str(row["workers"]) for row in rows)
+    apart = ", ".join(f"{row['total variation']:.2f}" for row in rows)
+    yield f"simulated staleness of {numbers} workers against real runs, total variation", apart
+
+
 def _shards(rows: Rows) -> Iterator[Headline]:
     row = rows[-1]
     what = f"push and fetch of {row['MB each way']:.0f} MB through one shard, Adagrad included, against bare gloo"
@@ -110,6 +116,7 @@ HEADLINES: dict[str, Callable[[Rows], Iterator[Headline]]] = {
     "links": _links,
     "stragglers": _stragglers,
     "staleness": _staleness,
+    "simulation": _simulation,
     "shards": _shards,
     "sandblaster": _sandblaster,
     "sparse_training": _sparse_training,
