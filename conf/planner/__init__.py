@@ -2,5 +2,6 @@
 
 ``recorder`` and ``steps`` record what one rank does, from the Strategies' own placement; ``devices`` and ``links`` say
 what its operations and messages take, ``timeline`` plays them, and ``predictions`` compares and recommends.
-``calibration`` measures this machine; ``clusters`` reads others from YAML. ``simulation`` plays whole runs, event by event.
+``calibration`` measures this machine; ``clusters`` reads others from YAML.
+``simulation`` plays whole runs, event by event.
 """
