@@ -171,8 +171,8 @@ def _plot(
     from squall.conf.plots import COLOURS, clean_axes, new_figure
 
     figure = new_figure(7.2, 3.6 + 0.27 * len(sensitivity) + 0.8)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[3.6, 0.27 * len(sensitivity) + 0.8])
-    axes = top.subplots()
+    halves: Any = figure.subfigures(2, 1, height_ratios=[3.6, 0.27 * len(sensitivity) + 0.8])
+    axes = halves[0].subplots()
     for colour, (name, shares) in zip(COLOURS, curves.items(), strict=False):
         points = [(number, 100 * share) for number, share in zip(chips, shares, strict=True) if share is not None]
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=name)
@@ -189,7 +189,7 @@ def _plot(
     upper.set_xlabel("failures an hour", fontsize=8, color="#444444")
     upper.tick_params(colors="#444444", labelsize=7)
     upper.spines["top"].set_visible(False)
-    panels = bottom.subplots(1, len(base), sharey=True, squeeze=False)[0]
+    panels = halves[1].subplots(1, len(base), sharey=True, squeeze=False)[0]
     colours = dict(zip(curves, COLOURS, strict=False))
     for panel, (name, middle) in zip(panels, base.items(), strict=True):
         _tornado(panel, middle, swings[name], sensitivity, colours[name])
@@ -204,7 +204,7 @@ def _tornado(
     sensitivity: Mapping[str, Sequence[Arguments]],
     colour: str,
 ) -> None:
-    names = list(reversed(sensitivity))
+    names = list(sensitivity)[::-1]
     for place, what in enumerate(names):
         ends = [100 * middle, *(100 * share for share in swings[what])]
         axes.barh(place, max(ends) - min(ends), left=min(ends), height=0.55, color=colour, alpha=0.75)

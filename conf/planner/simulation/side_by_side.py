@@ -196,6 +196,8 @@ def draw_staleness(axes: Axes, histograms: Mapping[str, Mapping[int, int]], titl
         title: Above.
 
     """
+    from matplotlib.ticker import MaxNLocator
+
     from squall.conf.plots import COLOURS, clean_axes
 
     for colour, (name, counts) in zip((COLOURS[1], COLOURS[0], COLOURS[2]), histograms.items(), strict=False):
@@ -206,7 +208,7 @@ def draw_staleness(axes: Axes, histograms: Mapping[str, Mapping[int, int]], titl
         axes.step([v - 0.5 for v in values], shares, where="post", color=colour, linewidth=1.4, label=name)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
     axes.set_ylim(0, None)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     clean_axes(axes, "staleness of an update", "updates, %", title)
 
 

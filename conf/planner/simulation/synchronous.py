@@ -89,7 +89,7 @@ class Synchronous:
             total = np.zeros(_BLOCK)
             for _ in range(self._barriers):
                 total += self._crew.slowest(rng, _BLOCK) / self._barriers + self._exchange.sample(rng, _BLOCK)
-            return total.tolist()
+            return list(map(float, total))
 
         return chain.from_iterable(block() for _ in iter(int, 1))
 
