@@ -227,18 +227,19 @@ def test_checkpoints_are_plain_and_go_on_under_any_number_of_columns(tmp_path: P
 
 
 class Drawn(Dataset[Any]):
-    """Data that no generator of torch's governs, so that each process has another."""
+    """Data that no generator of torch's governs, so that each process has another; all of it moves weights far."""
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.full((6, 1, 1), float(os.getpid() % 1000 + index))
+        return torch.full((6, 1, 1), float(1000 + os.getpid() % 1000 + index))
 
 
 class Sees(LightningModule):
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(1)
         self.layer, self.last = nn.Conv2d(6, 4, 1), nn.Linear(4, 1)
         self.batches: list[Tensor] = []
 
