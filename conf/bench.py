@@ -74,6 +74,19 @@ def write(result: SuiteResult, stem: Path) -> None:
     Console().print(table, result.notes, f"[dim]{stem.resolve()}.md .json[/dim]", sep="\n")
 
 
+def names_of(group: str) -> list[str]:
+    """List the entries of a group of the Hydra tree.
+
+    Args:
+        group: Its folder.
+
+    Returns:
+        Their names, sorted.
+
+    """
+    return sorted(path.stem for path in (Path(__file__).parent / group).glob("*.yaml"))
+
+
 def suites() -> list[str]:
     """List the suites there are.
 
@@ -81,7 +94,42 @@ def suites() -> list[str]:
         Their names, sorted.
 
     """
-    return sorted(path.stem for path in (Path(__file__).parent / "suite").glob("*.yaml"))
+    return names_of("suite")
+
+
+def result_of(entry: DictConfig, **options: Any) -> SuiteResult:
+    """Carry out an entry of the Hydra tree that measures, or simulates.
+
+    Args:
+        entry: Its ``_target_`` is a function.
+        options: Further arguments of Hydra's ``instantiate``.
+
+    Raises:
+        TypeError: If the function returns something else.
+
+    """
+    result = hydra.utils.instantiate(entry, **options)
+    if not isinstance(result, SuiteResult):
+        raise TypeError(f"{entry._target_} returned {type(result).__name__}; it has to return a SuiteResult.")
+    return result
+
+
+def finish(result: SuiteResult, group: str) -> None:
+    """Write a result to the run's folder.
+
+    Args:
+        result: What was found.
+        group: Of the entry that found it, whose name the files have.
+
+    Raises:
+        UserError: If a claim isn't borne out.
+
+    """
+    config = HydraConfig.get()
+    name = config.runtime.choices.get(group) or group  # one given by its _target_ alone has no name
+    write(result, Path(config.runtime.output_dir) / str(name))
+    if result.failures:
+        raise UserError(" ".join(result.failures))
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="bench")
@@ -90,14 +138,7 @@ def _app(cfg: DictConfig) -> None:
         raise UserError(
             f"Say what to measure: squall-bench suite=NAME, with NAME one of: {', '.join(suites()) or '(none)'}"
         )
-    result = hydra.utils.instantiate(cfg.suite)
-    if not isinstance(result, SuiteResult):
-        raise TypeError(f"{cfg.suite._target_} returned {type(result).__name__}; a suite returns a SuiteResult.")
-    config = HydraConfig.get()
-    name = config.runtime.choices.get("suite") or "suite"  # one given by its _target_ alone has no name
-    write(result, Path(config.runtime.output_dir) / str(name))
-    if result.failures:
-        raise UserError(" ".join(result.failures))
+    finish(result_of(cfg.suite), "suite")
 
 
 def main() -> None:

@@ -7,13 +7,11 @@ A scenario is a file ``conf/scenario/<name>.yaml`` whose ``_target_`` is a funct
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from squall.conf.bench import SuiteResult, write
+from squall.conf.bench import SuiteResult, finish, names_of, result_of
 from squall.conf.main import UserError, report_errors
 
 _SHORT = ("workers", "seed")
@@ -26,7 +24,7 @@ def scenarios() -> list[str]:
         Their names, sorted.
 
     """
-    return sorted(path.stem for path in (Path(__file__).parent / "scenario").glob("*.yaml"))
+    return names_of("scenario")
 
 
 def run(cfg: DictConfig) -> SuiteResult:
@@ -49,20 +47,12 @@ def run(cfg: DictConfig) -> SuiteResult:
                 known = ", ".join(key for key in map(str, cfg.scenario) if not key.startswith("_"))
                 raise UserError(f"{name}={cfg[name]}: this scenario has none. It has {known}.")
             OmegaConf.update(cfg, f"scenario.{name}", cfg[name])
-    result = hydra.utils.instantiate(cfg.scenario, _convert_="all")
-    if not isinstance(result, SuiteResult):
-        raise TypeError(f"{cfg.scenario._target_} returned {type(result).__name__}; a scenario returns a SuiteResult.")
-    return result
+    return result_of(cfg.scenario, _convert_="all")
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="simulate")
 def _app(cfg: DictConfig) -> None:
-    result = run(cfg)
-    config = HydraConfig.get()
-    name = config.runtime.choices.get("scenario") or "scenario"  # one given by its _target_ alone has no name
-    write(result, Path(config.runtime.output_dir) / str(name))
-    if result.failures:
-        raise UserError(" ".join(result.failures))
+    finish(run(cfg), "scenario")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from squall.conf.bench import SuiteResult, suites, write
+from squall.conf.bench import SuiteResult, result_of, suites, write
 from squall.conf.main import explain
 from squall.conf.suites.headlines import headlines_of
 
@@ -61,6 +61,4 @@ def measure(names: Sequence[str] | None, settings: Mapping[str, Sequence[str]] |
 
 def _run(name: str, settings: Sequence[str]) -> SuiteResult:
     own = [re.sub(r"^([~+]*)", r"\1suite.", entry) for entry in settings]
-    config = hydra.compose("bench", overrides=[f"suite={name}", *own]).suite
-    result: SuiteResult = hydra.utils.instantiate(config)
-    return result
+    return result_of(hydra.compose("bench", overrides=[f"suite={name}", *own]).suite)
