@@ -36,6 +36,7 @@ from .placement.hybrid.linear import Event, ExampleColumns
 from .placement.hybrid.schemes import Scheme, check_scheme
 from .placement.hybrid.updates import (
     LearningRateRule,
+    bucket_size,
     check_learning_rate_rule,
     learning_rate_factor,
     regrouped,
@@ -51,8 +52,6 @@ from .placement.tensor import ColumnParameter
 from .sparsity import SparseAlgorithm
 
 _CODEC = "codec"  # of a checkpoint
-
-_NUM_BUCKETS = 8  # of gradients that are averaged
 
 
 class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
@@ -303,7 +302,7 @@ class HybridParallelStrategy(MaskedStrategy, DDPStrategy):
             if parameter.requires_grad and not isinstance(parameter, ColumnParameter)
         }
         num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in averaged.values())
-        self._ddp_kwargs.setdefault("bucket_cap_mb", min(max(num_bytes / _NUM_BUCKETS / 2**20, 0.1), 25))
+        self._ddp_kwargs.setdefault("bucket_cap_mb", bucket_size(num_bytes) / 2**20)
         super().configure_ddp()
         if self._codes is None or self.world_size == 1:
             return

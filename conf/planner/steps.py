@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from squall.placement.columns import Columns
 from squall.placement.hybrid.layout import plan_hybrid
 from squall.placement.hybrid.schemes import Scheme
+from squall.placement.hybrid.updates import bucket_size
 from squall.placement.layout import derive_layout, to_meta, without_values
 from squall.placement.module import place
 from squall.placement.rules.norms import synchronize_buffers
@@ -26,7 +27,6 @@ from .events import Compute, Event, Memory, Operation, Ready, Send, Trace, Wait
 from .recorder import LOSS, GhostColumns, GhostExamples, Recorder
 
 _FIRST_BUCKET, _BUCKET = 1 << 20, 25 << 20  # bytes: torch's, of gradients that DDP averages together
-_NUM_HYBRID_BUCKETS = 8  # as of HybridParallelStrategy
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 Prepare = Callable[[nn.Module, Recorder], object]
 
@@ -266,7 +266,7 @@ def hybrid(
 
     trace = record(task, num_examples, prepare)
     total = sum(event.num_bytes for event in trace if isinstance(event, Ready) and event.layer in averaged)
-    size = round(min(max(total / _NUM_HYBRID_BUCKETS, 0.1 * (1 << 20)), _BUCKET))
+    size = round(bucket_size(total))
     return in_buckets(trace, num_ranks, size, size, averaged)
 
 

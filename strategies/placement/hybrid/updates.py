@@ -20,6 +20,23 @@ from ..partition import Partition
 
 LearningRateRule = Literal["none", "linear", "sqrt"]
 
+_NUM_BUCKETS = 8  # of gradients that are averaged
+_MB = 1 << 20
+
+
+def bucket_size(num_bytes: float) -> float:
+    """How many bytes of replicated gradients leave together: some of few already, of many as under torch's DDP.
+
+    Args:
+        num_bytes: Of all that are averaged.
+
+    Example:
+        >>> bucket_size(8 << 20) / (1 << 20)
+        1.0
+
+    """
+    return min(max(num_bytes / _NUM_BUCKETS, 0.1 * _MB), 25 * _MB)
+
 
 def learning_rate_factor(rule: LearningRateRule, num_batches: int) -> float:
     """By how much the learning rate of one rank's batch grows for a batch of ``num_batches`` such.
