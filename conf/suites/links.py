@@ -6,11 +6,14 @@ Needs root and ``iproute2``. ``tc``'s token bucket sets the rate; latency is the
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+_LEAST_BURST = 16 << 10  # bytes: a few packets
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,15 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
 
 
+def _burst(rate: str) -> int:
+    """Bytes that may leave at once: no more than a link carries in two milliseconds, or small messages cost nothing."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", rate)
+    if found is None:
+        raise RuntimeError(f"a link's rate is written as 1gbit, 100mbit or 500kbit, not {rate!r}")
+    bits = float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]]
+    return max(round(2e-3 * bits / 8), _LEAST_BURST)
+
+
 @contextmanager
 def shaped_hosts(rate: str, num_hosts: int = 2) -> Iterator[Link]:
     """Hosts that are joined by links of ``rate`` in each direction: two by a wire, more by a switch.
@@ -90,7 +102,7 @@ def shaped_hosts(rate: str, num_hosts: int = 2) -> Iterator[Link]:
             _run("ip", "-n", host, "link", "set", "eth0", "up")
             _run(
                 *("tc", "-n", host, "qdisc", "add", "dev", "eth0", "root", "tbf"),
-                *("rate", rate, "burst", "256kb", "latency", "20ms"),
+                *("rate", rate, "burst", str(_burst(rate)), "latency", "20ms"),
             )
         yield Link(
             name=rate,

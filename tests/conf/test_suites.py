@@ -25,7 +25,7 @@ from squall.conf.suites import (
     wires,
 )
 from squall.conf.suites.columns import _ratio, measure
-from squall.conf.suites.links import shaped_hosts, why_not
+from squall.conf.suites.links import _burst, shaped_hosts, why_not
 from tests.required import needs
 
 TINY = {"num_classes": 10, "image_size": 28, "in_channels": 1, "num_columns": 2, "width": 0.1}
@@ -75,6 +75,12 @@ for _ in range(100):
         names = {prefix[3] for prefix in link.prefixes}
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert not any(name in listed for name in names)
+
+
+def test_no_link_carries_more_than_two_milliseconds_at_once() -> None:
+    assert [_burst(rate) for rate in ("1gbit", "100mbit", "2.5mbit")] == [250_000, 25_000, 16_384]
+    with pytest.raises(RuntimeError, match="not '1 Gb/s'"):
+        _burst("1 Gb/s")
 
 
 @pytest.mark.asynchronous
