@@ -25,12 +25,12 @@ from .clusters import HERE, Cluster
 from .devices import Device
 from .events import Compute, Kind, Operation, Trace
 from .links import Link, Network
-from .predictions import Alternative, trace_of
+from .predictions import BUILT_ON, Alternative, num_overheads, overhead, trace_of
 from .ranks import TimingRanks
 from .recorder import Recorder
 from .timeline import play
 
-VERSION = 1
+VERSION = 2
 # What each Strategy is called by Squall, and what the planner's own programs fit with.
 REGISTERED = {
     "single": "single", "ddp": "ddp", "zero1": "zero1", "columns": "column_parallel", "spatial": "spatial_parallel",
@@ -38,7 +38,7 @@ REGISTERED = {
 }  # fmt: skip
 _TOY = {"name": "AlexNet", "num_classes": 10, "image_size": 28, "in_channels": 1, "num_columns": 2, "width": 0.1}
 _WIDE = {"name": "LeNet300", "width": 8.0}  # 4 million weights, and nearly no arithmetic
-_TOY_BATCH, _TOY_STEPS = 8, 10
+_TOY_BATCH, _TOY_STEPS, _WIDE_STEPS = 8, 16, 10
 
 
 @dataclass
@@ -176,6 +176,8 @@ class Calibration:
         """
         link, num_ranks = ranks.link.name, len(ranks.link.prefixes)
         toy = task_of(_TOY)
+        wanted = {*strategies, *(BUILT_ON[strategy] for strategy in strategies if strategy in BUILT_ON)}
+        strategies = sorted(wanted, key=list(REGISTERED).index)  # what others are built on comes first
         for strategy in strategies:
             if strategy in self.overheads:
                 continue
@@ -183,10 +185,10 @@ class Calibration:
             trace = trace_of(toy, alternative, _TOY_BATCH)
             self.measure_operations(ranks, [trace], together=alternative.num_ranks > 1)
             cluster = self.cluster(link, num_ranks, alone=alternative.num_ranks == 1)
-            predicted = play(trace, cluster.device, cluster.network).seconds
-            options = options_of(alternative)
-            taken = ranks.fit(_TOY, REGISTERED[strategy], _TOY_BATCH, _TOY_STEPS, options)[0]
-            self.overheads[strategy] = max(statistics.median(taken) - predicted, 0.0) / max(trace.num_computed, 1)
+            known = play(trace, cluster.device, cluster.network).seconds + overhead(alternative, trace, cluster)
+            taken = ranks.fit(_TOY, REGISTERED[strategy], _TOY_BATCH, _TOY_STEPS, options_of(alternative))[0]
+            more = max(statistics.median(taken) - known, 0.0)
+            self.overheads[strategy] = more / max(num_overheads(alternative, trace), 1)
         if "downpour" in strategies and not self.shard_seconds:
             self._measure_shards(ranks)
 
@@ -198,8 +200,8 @@ class Calibration:
         self.measure_operations(ranks, [trace])
         cluster = self.cluster(link, num_ranks)
         computing = play(trace, cluster.device, cluster.network).seconds
-        computing += self.overheads["downpour"] * trace.num_computed
-        taken = ranks.fit(_WIDE, "downpour", 2 * num_ranks, _TOY_STEPS, {})[0]
+        computing += overhead(alternative, trace, cluster)
+        taken = ranks.fit(_WIDE, "downpour", 2 * num_ranks, _WIDE_STEPS, {})[0]
         self.shard_seconds = max(statistics.median(taken) - computing, 0.0) / (4 * task.num_parameters)
 
 

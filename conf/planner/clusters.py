@@ -26,7 +26,8 @@ class Cluster:
         network: How many there are, and how they reach each other.
         price_per_hour: Of one machine, in euros; 0 for that of its devices.
         cores_per_node: Cores that serve ranks and their shards; 0 where ranks compute on devices of their own.
-        overheads: By strategy, the seconds that one operation takes more than alone.
+        overheads: By strategy, the seconds that one operation takes more than alone. Most operations of hybrid and
+            Downpour are as under DDP and on one rank: theirs is what a message, or a push, takes.
         shard_seconds: That a shard and its worker take to push, apply and fetch a byte of parameters.
 
     """

@@ -163,6 +163,11 @@ class Trace:
         """How many operations there are."""
         return sum(isinstance(event, Compute) for event in self.events)
 
+    @property
+    def num_messages(self) -> int:
+        """How many messages there are."""
+        return sum(isinstance(event, Send) for event in self.events)
+
     def sent(self) -> int:
         """Bytes that the rank sends: of an all-reduce in a ring, twice the tensor but for its own part."""
         total = 0.0

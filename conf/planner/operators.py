@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .events import Kind, Operation
 
 _CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward", "aten._convolution", "aten.cudnn_convolution")
 _MOST_TURNS = 8
+_DRAWN = 1 << 16  # values of a tensor that differ
 _MAKES_NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "_to_copy")
 _TYPES = {"dtype": torch.dtype, "device": torch.device, "layout": torch.layout, "memory_format": torch.memory_format}
 
@@ -93,42 +94,61 @@ def _decode(value: Any, device: torch.device) -> Any:
     shape, stride, dtype = content[0], content[1], getattr(torch, content[2])
     size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
     if dtype.is_floating_point:
-        base = torch.randn(size, device=device).mul_(0.1).to(dtype)
+        base = torch.empty(size, device=device, dtype=dtype)
+        some = torch.randn(min(size, _DRAWN), device=device).mul_(0.1)
+        for part in base.split(_DRAWN):  # to draw them all takes longer than what is timed
+            part.copy_(some[: len(part)])
     else:
         base = torch.zeros(size, device=device, dtype=dtype)  # an index that is good anywhere
     return base.as_strided(shape, stride)
 
 
-def callable_of(key: str, device: torch.device, num_bytes: int = 0) -> Callable[[], Any]:
+class Call:
     """The call that a key describes, with values of its own.
 
     Args:
         key: Of an :class:`~squall.conf.planner.events.Operation`.
         device: Where it is to compute.
         num_bytes: So many, about, lie between one use of a value and the next: calls take turns with several values,
-            and keep their results as long, since within a step nothing is at hand that was used just before.
+            and keep their results as long, since within a step weights and what was saved aren't at hand.
 
     Example:
         >>> key = json.dumps(["aten.relu.default", [{"tensor": [[2, 3], [3, 1], "float32"]}], {}])
-        >>> callable_of(key, torch.device("cpu"))().shape
+        >>> Call(key, torch.device("cpu"))().shape
         torch.Size([2, 3])
 
     """
-    name, args, kwargs = json.loads(key)
-    func: Any = torch.ops
-    for part in name.split("."):
-        func = getattr(func, part)
-    turns: deque[tuple[list[Any], dict[str, Any], Any]] = deque()
-    size = 0
-    while not turns or (len(turns) < _MOST_TURNS and len(turns) * size < num_bytes):
-        made, named = [_decode(value, device) for value in args], {k: _decode(v, device) for k, v in kwargs.items()}
-        size = max(sum(_size(leaf) for leaf in tree_flatten((made, named))[0] if isinstance(leaf, Tensor)), 1)
-        turns.append((made, named, None))
 
-    def call() -> Any:
-        made, named, _ = turns.popleft()
-        result = func(*made, **named)
-        turns.append((made, named, result))
+    def __init__(self, key: str, device: torch.device, num_bytes: int = 0) -> None:
+        name, args, kwargs = json.loads(key)
+        self._func: Any = torch.ops
+        for part in name.split("."):
+            self._func = getattr(self._func, part)
+        self._turns: deque[tuple[list[Any], dict[str, Any], Any]] = deque()
+        size = 1
+        while not self._turns or (self.num_turns < _MOST_TURNS and self.num_turns * size < num_bytes):
+            made, named = [_decode(value, device) for value in args], {k: _decode(v, device) for k, v in kwargs.items()}
+            self._turns.append((made, named, None))
+            if self.num_turns == 1:
+                leaves = tree_flatten((made, named, self()))[0]
+                size = max(sum(_size(leaf) for leaf in leaves if isinstance(leaf, Tensor)), 1)
+
+    @property
+    def num_turns(self) -> int:
+        """After how many calls values are used again."""
+        return len(self._turns)
+
+    def prepare(self) -> None:
+        """Have the next call's first tensor just written, as it is by the operation before it in a step."""
+        for value in tree_flatten(self._turns[0][:2])[0]:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                length = value.untyped_storage().nbytes() // value.element_size()
+                value.as_strided((length,), (1,)).add_(0.0)
+                return
+
+    def __call__(self) -> Any:
+        """Call it."""
+        made, named, _ = self._turns.popleft()
+        result = self._func(*made, **named)
+        self._turns.append((made, named, result))
         return result
-
-    return call

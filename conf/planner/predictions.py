@@ -15,6 +15,8 @@ from .clusters import Cluster
 from .events import Compute, Memory, Send, Trace
 from .timeline import Timeline, play
 
+# Most operations of a strategy are as under another; what it adds is with its messages or pushes.
+BUILT_ON = {"hybrid": "ddp", "downpour": "single"}
 _MOST_TRACED = 32  # ranks whose passes are recorded one by one
 _LOCAL = 6  # times that a step between two fetches reads or writes a weight: its own step, and what it owes the shards
 
@@ -205,6 +207,35 @@ def speeds_of(cluster: Cluster) -> Speeds:
     )
 
 
+def overhead(alternative: Alternative, trace: Trace, cluster: Cluster) -> float:
+    """Seconds that a step takes more than its operations and messages do.
+
+    Args:
+        alternative: Under which Strategy.
+        trace: The step.
+        cluster: Whose overheads are known.
+
+    """
+    own = cluster.overheads.get(alternative.strategy, 0.0) * num_overheads(alternative, trace)
+    base = BUILT_ON.get(alternative.strategy, "")
+    return own + cluster.overheads.get(base, 0.0) * trace.num_computed
+
+
+def num_overheads(alternative: Alternative, trace: Trace) -> float:
+    """How often a step does what costs more than operations and messages: operations, messages or pushes.
+
+    Args:
+        alternative: Under which Strategy.
+        trace: The step.
+
+    """
+    if alternative.strategy == "hybrid":
+        return trace.num_messages
+    if alternative.strategy == "downpour":
+        return 1 / int(alternative.options.get("push_every", 1))
+    return trace.num_computed
+
+
 def predict(task: steps.Task, alternative: Alternative, batch_size: int, cluster: Cluster) -> Prediction:
     """Say what a step takes, sends and holds.
 
@@ -222,9 +253,8 @@ def predict(task: steps.Task, alternative: Alternative, batch_size: int, cluster
     price = cluster.euros_per_hour
     if alternative.num_ranks == 1:
         price /= max(cluster.num_ranks, 1)
-    extra = cluster.overheads.get(alternative.strategy, 0.0) * trace.num_computed
     line = play(trace, cluster.device, cluster.network)
-    line.seconds += extra
+    line.seconds += overhead(alternative, trace, cluster)
     seconds, num_bytes, memory = line.seconds, float(trace.sent()), trace.memory
     if alternative.strategy == "downpour":
         seconds, num_bytes = _asynchronous(task, seconds, alternative, cluster)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from squall.conf.suites.links import Link as Hosts
@@ -19,10 +20,12 @@ from squall.conf.suites.ranks import Rank, Ranks
 
 from .links import Link
 
-_LONG_ENOUGH, _MOST_RUNS, _LEAST_RUNS = 0.006, 12, 3
-_VERY_LONG = 0.1  # seconds: what takes so long twice isn't timed again
+_LONG_ENOUGH, _MOST_RUNS, _LEAST_RUNS = 0.003, 9, 3
+_VERY_LONG = 0.05  # seconds: what takes so long twice isn't timed again
 _CACHE = 24 << 20  # bytes: more than a core's own, and less than what a processor's cores share
-_MESSAGE_SECONDS = 0.12
+_MESSAGE_SECONDS = 0.08
+_MESSAGE_TURNS = 3
+_SWAPPED, _LEAST_SWAPS, _MOST_SWAPS = 1 << 20, 4, 32
 _SIDE = 256  # of the matrices that a rank multiplies while a message is on its way
 _LEAST_BYTES, _MOST_BYTES = 1 << 16, 1 << 24
 
@@ -87,6 +90,9 @@ class _TimingRank(Rank):
 
         torch.set_num_threads(1)
         if order.get("do") == "operations":
+            # The C library takes memory from the system for each large tensor anew, until one as large as this was
+            # freed, as it soon is in a training.
+            torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
             return [_seconds_of(key) for key in order["keys"]]
         if order.get("do") == "link":
             return _measure_link(self.rank, order)
@@ -117,25 +123,30 @@ def _as_it_is(batch: Any) -> Any:
 def _seconds_of(key: str) -> float:
     import torch
 
-    from .operators import callable_of
+    from .operators import Call
 
-    action = callable_of(key, torch.device("cpu"), _CACHE)
     with torch.no_grad():
-        return quickest(action)
+        call = Call(key, torch.device("cpu"), _CACHE)
+        # Memory for results is the system's at first, and then at hand: once all turns have had theirs.
+        return quickest(call, call.prepare, max(_LEAST_RUNS, call.num_turns + 2))
 
 
-def quickest(action: Callable[[], object]) -> float:
-    """Seconds of an action: the quickest of several runs after one that isn't counted.
+def quickest(
+    action: Callable[[], object], prepare: Callable[[], object] = lambda: None, num_runs: int = _LEAST_RUNS
+) -> float:
+    """Seconds of an action: the quickest of several runs.
 
     Args:
-        action: What is timed.
+        action: What is timed; has been called before.
+        prepare: Is called before each run, and isn't timed.
+        num_runs: At the least, unless they take very long.
 
     """
-    action()
     taken: list[float] = []
-    while len(taken) < _LEAST_RUNS or (sum(taken) < _LONG_ENOUGH and len(taken) < _MOST_RUNS):
+    while len(taken) < num_runs or (sum(taken) < _LONG_ENOUGH and len(taken) < _MOST_RUNS):
         if len(taken) > 1 and sum(taken) > _VERY_LONG:
             break
+        prepare()
         begin = time.perf_counter()
         action()
         taken.append(time.perf_counter() - begin)
@@ -158,15 +169,17 @@ def _measure_link(rank: int, order: Order) -> dict[str, Any]:
         dist.all_reduce(tiny)
         latency = min(_timed(lambda: dist.all_reduce(tiny)) for _ in range(20))
         size = int(min(max(speeds.link * _MESSAGE_SECONDS, _LEAST_BYTES), _MOST_BYTES))
-        values = torch.zeros(size // 4)
-        seconds = min(_timed(lambda: dist.all_reduce(values)) for _ in range(4))
-        share, during = _overlapped(columns, values)
+        # Gradients aren't at hand when they leave: each turn has other values.
+        turns = [torch.zeros(size // 4) for _ in range(_MESSAGE_TURNS)]
+        seconds = min(_timed(partial(dist.all_reduce, values)) for values in turns * 2)
+        share, during = _overlapped(columns, turns)
         found = torch.tensor([latency, seconds, share, during], dtype=torch.float64)
         latency, seconds, share, during = columns.max_(found).tolist()
+        bandwidth = min(speeds.link, _between_operations(columns, speeds.latency))
         rounds = 2 * (order["size"] - 1)
-        moved = rounds / order["size"] * values.numel() * 4
+        moved = rounds / order["size"] * turns[0].nbytes
         link = Link(
-            order["name"], speeds.link, speeds.latency,
+            order["name"], bandwidth, speeds.latency,
             reduce_bandwidth=moved / max(seconds - latency, 1e-9), reduce_latency=latency / rounds,
             cpu_share=min(max(share, 0.0), 0.95), slowdown=max(during / seconds, 1.0),
         )  # fmt: skip
@@ -181,25 +194,58 @@ def _timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def _overlapped(columns: Any, values: Any) -> tuple[float, float]:
+def _between_operations(columns: Any, latency: float) -> float:
+    """Bytes a second of a message as a step has them: what is sent was just computed, and was not sent before."""
+    import torch
+
+    others = {(columns.rank + 1) % columns.num_columns, (columns.rank - 1) % columns.num_columns}
+    outgoing, computed = torch.zeros(_SWAPPED, dtype=torch.uint8), torch.zeros(_CACHE, dtype=torch.uint8)
+    total = 0.0
+    taken: list[float] = []
+    while len(taken) < _MOST_SWAPS and (len(taken) < _LEAST_SWAPS or total < _MESSAGE_SECONDS):
+        computed.add_(1)
+        outgoing.add_(1)
+        total = columns.sum_(torch.tensor(sum(taken))).item()  # all begin together, and end together
+        begin = time.perf_counter()
+        incoming = {rank: torch.empty(_SWAPPED, dtype=torch.uint8) for rank in others}
+        for work in columns.start_swap(dict.fromkeys(others, outgoing), incoming):
+            work.wait()
+        taken.append(time.perf_counter() - begin)
+    seconds = columns.max_(torch.tensor(statistics.median(taken), dtype=torch.float64)).item()
+    return float(len(others) * _SWAPPED / max(seconds - latency, 1e-9))
+
+
+def _is_past(end: float) -> bool:
+    return time.perf_counter() > end
+
+
+def _overlapped(columns: Any, turns: Sequence[Any]) -> tuple[float, float]:
     """The share of its core that a rank loses while a message is on its way, and how long that is then."""
     import torch
     import torch.distributed as dist
 
     first, second = torch.rand(2, _SIDE, _SIDE)
-    alone = quickest(lambda: first @ second)
-    shares, lengths = [], []
-    for _ in range(3):
-        columns.sum_(torch.zeros(1))  # begin together
+
+    def products_a_second(is_over: Callable[[], bool]) -> tuple[float, float]:
         begin, done = time.perf_counter(), 0
-        work = dist.all_reduce(values, async_op=True)
-        assert work is not None
-        while not work.is_completed():
+        while not is_over():
             torch.mm(first, second)
             done += 1
+        seconds = time.perf_counter() - begin
+        return done / seconds, seconds
+
+    shares, lengths = [], []
+    for values in turns:
+        columns.sum_(torch.zeros(1))  # begin together
+        work = dist.all_reduce(values, async_op=True)
+        assert work is not None
+        during, seconds = products_a_second(work.is_completed)
         work.wait()
-        lengths.append(time.perf_counter() - begin)
-        shares.append(1 - done * alone / lengths[-1])
+        columns.sum_(torch.zeros(1))
+        end = time.perf_counter() + seconds
+        alone, _ = products_a_second(partial(_is_past, end))
+        lengths.append(seconds)
+        shares.append(1 - during / alone)
     return statistics.median(shares), statistics.median(lengths)
 
 

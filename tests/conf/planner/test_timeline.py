@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from squall.conf.planner.clusters import sizes_of
+from squall.conf.planner.clusters import Cluster, sizes_of
 from squall.conf.planner.devices import Device, device_of
 from squall.conf.planner.events import Compute, Memory, Operation, Send, Trace, Wait
 from squall.conf.planner.links import Link, Network, link_of
+from squall.conf.planner.predictions import Alternative, overhead
 from squall.conf.planner.timeline import play
 
 DEVICE = Device("a second a byte", flops=1.0, bandwidth=1.0)
@@ -98,6 +99,18 @@ def test_rooflines() -> None:
     assert known.seconds(Operation("this", "gemm", 100, 1)) == pytest.approx(14.0)
     trace = _trace(_compute(30), _compute(20))
     assert device.scaled_to(trace, 3.5).step_seconds(trace) == pytest.approx(3.5)
+
+
+def test_what_a_strategy_adds_to_another_is_by_message_or_push() -> None:
+    overheads = {"single": 0.01, "ddp": 0.1, "columns": 1.0, "hybrid": 10.0, "downpour": 8.0}
+    cluster = Cluster("", DEVICE, _network(), overheads=overheads)
+    trace = _trace(_compute(1), _compute(1), _compute(1), _send(1, 1), Wait(1), _send(2, 1))
+    options = {"hybrid": {"scheme": "c"}, "downpour": {"push_every": 4}}
+    seconds = {
+        s: overhead(Alternative(s, 2, options=options.get(s, {})), trace, cluster) for s in ("spatial", *overheads)
+    }
+    expected = {"spatial": 0.0, "single": 0.03, "ddp": 0.3, "columns": 3.0, "hybrid": 20.3, "downpour": 2.03}
+    assert seconds == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
