@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NUM_RANKS = 2
-_MOST_STEPS = 12
+_LEAST_STEPS, _MOST_STEPS = 3, 12
 
 
 @dataclass
@@ -69,7 +69,7 @@ def measure(
         claims: ``median_error``, ``worst_error``; ``recommended``, the part of cases in which the recommended strategy
             is ``within`` such a part of the fastest; ``calibration_seconds``; of how many ``configurations``.
         num_rounds: How often the strategies take turns.
-        seconds_a_turn: Steps are as many as fit, two at the least.
+        seconds_a_turn: Steps are as many as fit, three at the least.
 
     Returns:
         A row a net, link and strategy.
@@ -153,13 +153,24 @@ def _take_turns(
     for _ in track(range(num_rounds), description=f"{cases[0].net}, {cases[0].link}"):
         for case in cases:
             every = int(case.prediction.alternative.options.get("push_every", 1))
-            steps = min(max(round(seconds_a_turn / case.prediction.seconds), 2), _MOST_STEPS)
-            steps = -(-steps // every) * every + (every if every > 1 else 0)  # whole periods, one of them not counted
+            steps = min(max(round(seconds_a_turn / case.prediction.seconds), _LEAST_STEPS), _MOST_STEPS)
+            if every > 1:  # whole periods, of which neither the first counts nor those in which a worker is through
+                steps = (-(-steps // every) + 3) * every
             options = options_of(case.prediction.alternative)
             taken, _ = ranks.fit(_net_of(entry), REGISTERED[case.strategy], int(entry["batch_size"]), steps, options)
-            whole = taken[every - 1 :] if every > 1 else taken
-            whole = whole[: len(whole) // every * every] or taken
-            case.seconds.append(statistics.mean(whole) if every > 1 else statistics.median(whole))
+            case.seconds.append(_typical(taken, every))
+
+
+def _typical(seconds: Sequence[float], every: int) -> float:
+    """A step's seconds, the mean over whole periods if some of them push.
+
+    In the first, memory is new, and DDP puts its buckets in another order. Downpour's steps are dealt to whoever is
+    free, so the first rank may have had fewer than its share; and the last ones wait for all that is under way.
+    """
+    if every == 1:
+        return statistics.median(seconds[1:])
+    periods = [statistics.mean(seconds[at : at + every]) for at in range(every - 1, len(seconds) - every, every)]
+    return statistics.median(periods or [statistics.mean(seconds)])
 
 
 def _result(

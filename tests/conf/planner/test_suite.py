@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from squall.conf.suites import planner
 
 NETS = {"small": {"name": "AlexNet", "num_classes": 5, "image_size": 32, "width": 0.25, "batch_size": 16}}
@@ -28,3 +30,12 @@ def test_planner_suite_says_what_falls_short() -> None:
     claims = CLAIMS | {"median_error": 0.0, "worst_error": 0.0, "recommended": 1.1, "calibration_seconds": 0.0}
     result = planner._result([], claims, 1.0, [], 1)
     assert len(result.failures) == 3  # no error of nothing
+
+
+def test_a_step_that_pushes_now_and_then_is_timed_by_whole_periods() -> None:
+    assert planner._typical([9.0, 3.0, 1.0, 2.0], 1) == 2.0
+    # Pushes take 5 more; the first period's step that isn't timed makes its pushes the third, the seventh, ...
+    period = [1.0, 1.0, 1.0, 6.0]
+    seconds = [9.0, 9.0, 9.0, *period, *period, 50.0, 1.0, 1.0, 99.0]
+    assert planner._typical(seconds, 4) == pytest.approx(9.0 / 4)
+    assert planner._typical(seconds[:6], 4) > 1.0  # too few for a period: all there is
