@@ -20,6 +20,7 @@ from squall.conf.writers import format_value, write_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
 
 @dataclass
@@ -56,6 +57,7 @@ def write(result: SuiteResult, stem: Path) -> None:
         stem: Path without suffix.
 
     """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -64,14 +66,30 @@ def write(result: SuiteResult, stem: Path) -> None:
     )
     if result.figure is not None:
         result.figure.savefig(stem.with_suffix(".png"))
-    table = Table(title=result.title, title_style="bold")
+    table = Table(title=result.title, title_style="bold", box=SIMPLE_HEAD)
     columns = list(dict.fromkeys(key for row in result.rows for key in row))
     for name in columns:
-        numeric = all(isinstance(row.get(name), int | float | None) for row in result.rows)
-        table.add_column(name, justify="right" if numeric else "left")
+        values = [row.get(name) for row in result.rows]
+        numeric = all(isinstance(value, int | float | None) for value in values)
+        # A heading and a name may break between words; a number may not.
+        words = [name, *map(format_value, values)]
+        longest = max(len(part) for word in words for part in ([word] if numeric and word != name else word.split(" ")))
+        table.add_column(name, justify="right" if numeric else "left", min_width=longest)
     for row in result.rows:
         table.add_row(*(format_value(row.get(name)) for name in columns))
-    Console().print(table, result.notes, f"[dim]{stem.resolve()}.md .json[/dim]", sep="\n")
+    console = Console()
+    # A file has room for what a terminal has not.
+    wide = console if console.is_terminal else Console(width=max(console.width, _width_of(table)))
+    wide.print(table, crop=False)
+    console.print(result.notes, f"[dim]{stem.resolve()}.md .json[/dim]", sep="\n")
+
+
+def _width_of(table: Table) -> int:
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    wide = Console(width=1000)
+    return Measurement.get(wide, wide.options, table).maximum
 
 
 def names_of(group: str) -> list[str]:
