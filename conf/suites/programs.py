@@ -1,4 +1,7 @@
-"""Processes that stay, and are told what to do a line at a time, so that alternatives take turns within seconds."""
+"""Processes that stay, and are told what to do a line at a time, so that alternatives take turns within seconds.
+
+What they print isn't shown, unless one of them ends: a hundred trainings for a table would bury it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 from squall.conf.suites.links import Link, loopback
 
 Order = dict[str, Any]
+_NUM_LINES = 30  # that are shown of what a process said before its end
 
 
 class Programs:
@@ -26,13 +32,15 @@ class Programs:
     """
 
     def __init__(self, module: str, link: Link) -> None:
-        self._processes = []
+        self._processes: list[subprocess.Popen[str]] = []
+        self._said: list[IO[str]] = []
         for rank, (prefix, extra) in enumerate(zip(link.prefixes, link.environment, strict=True)):
             environment = {**os.environ, **extra, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+            self._said.append(tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115  (closed by stop)
             self._processes.append(
                 subprocess.Popen(
                     [*prefix, sys.executable, "-m", module, str(rank)], env=environment, stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, text=True,
+                    stdout=subprocess.PIPE, stderr=self._said[-1], text=True,
                 )
             )  # fmt: skip
 
@@ -40,25 +48,31 @@ class Programs:
         """Give some of them an order each, and wait for their answers.
 
         Raises:
-            RuntimeError: If one of them ends instead.
+            RuntimeError: If one of them ends instead; with the last lines that it printed.
 
         """
         for rank, order in orders.items():
             stdin = cast(IO[str], self._processes[rank].stdin)
-            stdin.write(json.dumps(order) + "\n")
-            stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended: said below
+                stdin.write(json.dumps(order) + "\n")
+                stdin.flush()
         answers = {}
         for rank, order in orders.items():
             line = cast(IO[str], self._processes[rank].stdout).readline()
             if not line:
-                raise RuntimeError(f"rank {rank} ended while it was asked for {order}")
+                raise RuntimeError(f"rank {rank} ended while it was asked for {order}:\n{self._last_lines(rank)}")
             answers[rank] = json.loads(line)
         return answers
+
+    def _last_lines(self, rank: int) -> str:
+        self._said[rank].seek(0)
+        return "".join(deque(self._said[rank], maxlen=_NUM_LINES))
 
     def stop(self) -> None:
         """End them."""
         for process in self._processes:
-            cast(IO[str], process.stdin).close()
+            with suppress(BrokenPipeError):
+                cast(IO[str], process.stdin).close()
         for process in self._processes:
             try:
                 process.wait(timeout=20)
@@ -66,6 +80,8 @@ class Programs:
                 process.kill()
                 process.wait()
             cast(IO[str], process.stdout).close()
+        for said in self._said:
+            said.close()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from squall.conf.suites import (
 )
 from squall.conf.suites.columns import _ratio, measure
 from squall.conf.suites.links import _burst, shaped_hosts, why_not
+from squall.conf.suites.programs import programs
 from tests.required import needs
 
 TINY = {"num_classes": 10, "image_size": 28, "in_channels": 1, "num_columns": 2, "width": 0.1}
@@ -75,6 +76,17 @@ for _ in range(100):
         names = {prefix[3] for prefix in link.prefixes}
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert not any(name in listed for name in names)
+
+
+def test_what_programs_print_is_shown_only_of_one_that_ended(capfd: pytest.CaptureFixture[str]) -> None:
+    with programs("tests.conf.talking", 2) as talking:
+        assert talking.ask({0: {"say": "hello"}, 1: {"say": "hello"}}) == {0: "said", 1: "said"}
+        with pytest.raises(RuntimeError, match=r"(?s)rank 1 ended while .*line 59\n.*ValueError: I have had enough"):
+            talking.ask({1: {"say": "end"}})
+        with pytest.raises(RuntimeError, match="rank 1 ended"):
+            talking.ask({1: {"say": "hello"}})
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == ""
 
 
 def test_no_link_carries_more_than_two_milliseconds_at_once() -> None:
