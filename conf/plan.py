@@ -64,9 +64,11 @@ def plan(cfg: DictConfig) -> tuple[dict[int, list[Prediction]], dict[str, str], 
         largest number, and the reason.
 
     """
+    from squall.conf.planner.alternatives import Batch
     from squall.conf.planner.clusters import HERE, cluster_of, sizes_of
     from squall.conf.planner.here import calibrate
-    from squall.conf.planner.predictions import Batch, predict_all, recommend
+    from squall.conf.planner.predictions import predict_all
+    from squall.conf.planner.recommending import recommend
     from squall.conf.planner.steps import single
 
     task = task_of(cfg.model, cfg.images)

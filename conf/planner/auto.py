@@ -73,8 +73,10 @@ def choose(cfg: DictConfig, datamodule: Any) -> str:
 def _plan(cfg: DictConfig, datamodule: Any) -> dict[str, Any]:
     from squall.conf.plan import task_of
 
+    from .alternatives import Batch
     from .here import calibrate
-    from .predictions import Batch, predict_all, recommend
+    from .predictions import predict_all
+    from .recommending import recommend
 
     options = cfg.strategy
     num_ranks = int(cfg.trainer.devices or options.num_ranks)

@@ -21,11 +21,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import squall.models
 
 from . import steps
+from .alternatives import Alternative
 from .clusters import HERE, Cluster
 from .devices import Device
 from .events import Compute, Kind, Operation, Trace
 from .links import Link, Network
-from .predictions import BUILT_ON, Alternative, num_overheads, overhead, trace_of
+from .predictions import BUILT_ON, num_overheads, overhead, trace_of
 from .ranks import TimingRanks
 from .recorder import Recorder
 from .timeline import play

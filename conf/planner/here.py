@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from squall.conf.suites.links import loopback, shaped_hosts, why_not
 
 from . import steps
+from .alternatives import Batch, alternatives
 from .calibration import REGISTERED, Calibration
 from .clusters import Cluster
 from .events import Trace
-from .predictions import Batch, alternatives, trace_of
+from .predictions import trace_of
 from .ranks import TimingRanks, timing_ranks
 
 

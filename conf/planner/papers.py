@@ -21,9 +21,10 @@ from squall.models import LocalResponseNorm
 from squall.models.locally_connected import LocallyConnected2d
 
 from . import steps
+from .alternatives import Alternative
 from .clusters import Cluster, cluster_of
 from .events import Compute, Event, Send, Trace
-from .predictions import Alternative, Prediction, predict
+from .predictions import Prediction, predict
 from .timeline import play
 
 _TREE = Path(__file__).parent.parent

@@ -1,9 +1,9 @@
-"""What every Strategy would make of a step on a cluster, and which is the one to take."""
+"""What every Strategy would make of a step on a cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,85 +11,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from squall.placement.speeds import Speeds
 
 from . import steps
+from .alternatives import Alternative, Batch, alternatives
 from .clusters import Cluster
 from .events import Compute, Memory, Send, Trace
 from .timeline import Timeline, play
 
 # Most operations of a strategy are as under another; what it adds is with its messages or pushes.
 BUILT_ON = {"hybrid": "ddp", "downpour": "single"}
-_MOST_TRACED = 32  # ranks whose passes are recorded one by one
 _LOCAL = 6  # times that a step between two fetches reads or writes a weight: its own step, and what it owes the shards
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """A Strategy and its mesh.
-
-    Args:
-        strategy: "single", "ddp", "zero1", "columns", "spatial", "hybrid" or "downpour".
-        num_ranks: In all.
-        per_replica: Ranks that hold one replica between them, of columns and tiles.
-        options: Of the Strategy: ``scheme`` of hybrid; ``push_every``, ``codec`` and ``overlap`` of Downpour.
-        num_nodes: Machines that the ranks are on.
-
-    """
-
-    strategy: str
-    num_ranks: int
-    per_replica: int = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
-    num_nodes: int = 1
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        if self.strategy == "hybrid":
-            return f"hybrid ({self.options['scheme']})"
-        if self.per_replica > 1 and self.num_ranks > self.per_replica:
-            return f"{self.strategy} {self.per_replica} x {self.num_ranks // self.per_replica}"
-        return self.strategy
-
-    @property
-    def overrides(self) -> list[str]:
-        """What ``squall`` is to be told for it; nothing if it can't be."""
-        words = {
-            "single": ["strategy=single"],
-            "ddp": ["strategy=ddp"],
-            "columns": ["strategy=column_parallel", f"strategy.num_columns={self.per_replica}"],
-            "spatial": ["strategy=spatial_parallel", f"strategy.num_tiles={self.per_replica}"],
-            "hybrid": ["strategy=hybrid_parallel", f"strategy.scheme={self.options.get('scheme')}"],
-            "downpour": ["strategy=downpour", *(f"strategy.{key}={value}" for key, value in self.options.items())],
-        }.get(self.strategy, [])
-        if words and self.num_ranks > 1:
-            words += [f"trainer.devices={self.num_ranks // self.num_nodes}"]
-        if words and self.num_nodes > 1:
-            words += [f"trainer.num_nodes={self.num_nodes}"]
-        if self.per_replica > 1 and self.num_ranks > self.per_replica:
-            words += [f"strategy.data_parallel_size={self.num_ranks // self.per_replica}"]
-        return words
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The images of a step.
-
-    Args:
-        num_examples: Of all ranks together.
-        per_replica: Whether they are those of a replica instead, as with a DataLoader that has a batch size.
-
-    Example:
-        >>> Batch(64, per_replica=True).of(Alternative("ddp", 4)), Batch(64).of(Alternative("ddp", 4))
-        (256, 64)
-
-    """
-
-    num_examples: int
-    per_replica: bool = False
-
-    def of(self, alternative: Alternative) -> int:
-        """Of all ranks together under a Strategy."""
-        replicas = alternative.num_ranks // alternative.per_replica
-        return self.num_examples * replicas if self.per_replica else self.num_examples
 
 
 @dataclass(frozen=True)
@@ -126,42 +55,6 @@ class Prediction:
     def samples_per_euro(self) -> float | None:
         """Nothing if nobody says what an hour costs."""
         return 3600 * self.images_per_second / self.euros_per_hour if self.euros_per_hour else None
-
-
-def alternatives(ranks: int, per_node: int, batch: Batch, downpour: Mapping[str, Any]) -> list[Alternative]:
-    """Every Strategy and mesh that ranks, and the images of a step, allow.
-
-    Args:
-        ranks: Their number.
-        per_node: Ranks of a machine: those of a replica in columns or tiles are on one.
-        batch: Images of a step.
-        downpour: Options of Downpour.
-
-    """
-    batch_size = batch.num_examples * (ranks if batch.per_replica else 1)
-    found = [Alternative("single", 1)]
-    if ranks == 1:
-        return found
-    if batch_size >= ranks:
-        found += [Alternative("ddp", ranks), Alternative("zero1", ranks)]
-    for strategy in ("columns", "spatial"):
-        for size in _divisors(ranks):
-            if size <= max(per_node, 2) and batch_size * size >= ranks:
-                found.append(Alternative(strategy, ranks, size))
-    if batch_size >= ranks and ranks <= _MOST_TRACED:
-        found += [Alternative("hybrid", ranks, options={"scheme": scheme}) for scheme in "abc"]
-    if batch_size >= ranks:
-        found.append(Alternative("downpour", ranks, options=dict(downpour)))
-    nodes = max(ranks // max(per_node, 1), 1)
-    return [found[0], *(replace(alternative, num_nodes=nodes) for alternative in found[1:])]
-
-
-def _divisors(number: int) -> Iterator[int]:
-    size = 2
-    while size <= min(number, _MOST_TRACED):
-        if number % size == 0:
-            yield size
-        size *= 2
 
 
 def trace_of(task: steps.Task, alternative: Alternative, batch_size: int, cluster: Cluster | None = None) -> Trace:
@@ -325,51 +218,6 @@ def predict_all(
         except MisconfigurationException as error:
             left_out[alternative.label] = str(error).partition(". ")[0]
     return sorted(found, key=lambda prediction: prediction.seconds / prediction.num_examples), left_out
-
-
-def recommend(predictions: Sequence[Prediction], asynchronous: bool = False) -> tuple[Prediction, str]:
-    """Choose: the fastest that fits, the simplest of those within a twentieth of it.
-
-    Args:
-        predictions: As of :func:`predict_all`.
-        asynchronous: Whether Downpour may be chosen, whose gradients are late.
-
-    Returns:
-        The choice, and the reason.
-
-    Raises:
-        MisconfigurationException: If nothing fits.
-
-    """
-    able = [p for p in predictions if p.fits and (asynchronous or p.alternative.strategy != "downpour")]
-    able = [p for p in able if p.alternative.overrides]  # what there is a Strategy for
-    if not able:
-        most = min(predictions, key=lambda p: p.memory.total)
-        raise MisconfigurationException(
-            f"No strategy fits: {most.alternative.label} needs least, {most.memory.total / 1e9:.1f} GB a rank."
-            " Use more ranks, smaller batches, or devices with more memory."
-        )
-    best = max(able, key=lambda p: p.images_per_second)
-    near = [p for p in able if p.images_per_second >= 0.95 * best.images_per_second]
-    simplicity = ("single", "ddp", "columns", "spatial", "hybrid", "downpour")
-    chosen = min(near, key=lambda p: (simplicity.index(p.alternative.strategy), -p.images_per_second))
-    others = [p for p in able if p.alternative.strategy != chosen.alternative.strategy]
-    reason = f"{chosen.images_per_second:,.0f} images/s"
-    if others:
-        second = max(others, key=lambda p: p.images_per_second)
-        ratio = chosen.images_per_second / second.images_per_second
-        reason += f", {ratio:.2f} x {second.alternative.label}: " + _why(chosen, second)
-    return chosen, reason
-
-
-def _why(chosen: Prediction, other: Prediction) -> str:
-    waits = [sum(p.timeline.waiting.values()) if p.timeline is not None else 0.0 for p in (chosen, other)]
-    if chosen.alternative.num_ranks == 1:
-        return f"alone nothing is sent, and there each step waits {waits[1] * 1e3:,.0f} ms for messages"
-    return (
-        f"a rank sends {chosen.num_bytes / 1e6:,.1f} MB a step and waits {waits[0] * 1e3:,.0f} ms for messages, there"
-        f" {other.num_bytes / 1e6:,.1f} MB and {waits[1] * 1e3:,.0f} ms"
-    )
 
 
 def layers_of(trace: Trace) -> list[dict[str, Any]]:

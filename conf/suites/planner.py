@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import track
 
 from squall.conf.bench import SuiteResult
+from squall.conf.planner.alternatives import Alternative
 from squall.conf.planner.calibration import REGISTERED, Calibration, alternative_of, options_of, task_of
 from squall.conf.planner.here import ranks_over
-from squall.conf.planner.predictions import Alternative, Prediction, predict, recommend, trace_of
+from squall.conf.planner.predictions import Prediction, predict, trace_of
 from squall.conf.planner.ranks import TimingRanks
+from squall.conf.planner.recommending import recommend
 from squall.conf.planner.steps import Task
 from squall.conf.suites.links import why_not
 
@@ -63,7 +65,7 @@ def measure(
     Args:
         nets: By name: ``name`` and arguments of a class of ``squall.models``; ``batch_size``, images of a step of all
             ranks; ``links`` if not all are for it.
-        strategies: As of :class:`~squall.conf.planner.predictions.Alternative`.
+        strategies: As of :class:`~squall.conf.planner.alternatives.Alternative`.
         links: "loopback", or a rate as ``tc`` writes it.
         downpour: Options of Downpour.
         claims: ``median_error``, ``worst_error``; ``recommended``, the part of cases in which the recommended strategy

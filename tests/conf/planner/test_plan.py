@@ -17,11 +17,13 @@ import squall.conf
 from squall.conf import plan
 from squall.conf.main import UserError
 from squall.conf.planner import auto, steps
+from squall.conf.planner.alternatives import Alternative, Batch, alternatives
 from squall.conf.planner.calibration import Calibration
 from squall.conf.planner.clusters import cluster_of
 from squall.conf.planner.here import calibrate
 from squall.conf.planner.links import link_of, presets
-from squall.conf.planner.predictions import Alternative, Batch, Prediction, alternatives, predict_all, recommend
+from squall.conf.planner.predictions import Prediction, predict_all
+from squall.conf.planner.recommending import recommend
 from squall.models import AlexNet, LeNet5
 
 TREE = Path(plan.__file__).parent

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from squall.conf.planner.alternatives import Alternative
 from squall.conf.planner.clusters import Cluster, sizes_of
 from squall.conf.planner.devices import Device, device_of
 from squall.conf.planner.events import Compute, Memory, Operation, Send, Trace, Wait
 from squall.conf.planner.links import Link, Network, link_of
-from squall.conf.planner.predictions import Alternative, overhead
+from squall.conf.planner.predictions import overhead
 from squall.conf.planner.timeline import play
 
 DEVICE = Device("a second a byte", flops=1.0, bandwidth=1.0)
