@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -27,25 +26,20 @@ from squall.conf.suites import (
 from squall.conf.suites.columns import _ratio, measure
 from squall.conf.suites.links import _burst, shaped_hosts, why_not
 from squall.conf.suites.programs import programs
+from tests.conf.conftest import Left
 from tests.required import needs
 
 TINY = {"num_classes": 10, "image_size": 28, "in_channels": 1, "num_columns": 2, "width": 0.1}
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
-def _left(*modules: str) -> list[str]:
-    """Processes below this one that should be gone."""
-    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
-    return [command for command in commands if any(module in command for module in modules)]
-
-
-def test_columns_suite_takes_turns() -> None:
+def test_columns_suite_takes_turns(left: Left) -> None:
     result = measure(TINY, batch_size=8, num_rounds=1, num_steps=1, links=["loopback"])
     assert [row["strategy"] for row in result.rows] == ["single", "ddp", "column_parallel"]
     assert all(row["images/s"] > 0 for row in result.rows)
     assert result.rows[2]["columns are faster by"] == 1.0
     assert result.figure is not None
-    assert not _left("squall.conf.suites.ranks")
+    assert not left("squall.conf.suites.ranks")
 
 
 def test_ratio_is_of_rounds_not_of_medians() -> None:
@@ -96,7 +90,7 @@ def test_no_link_carries_more_than_two_milliseconds_at_once() -> None:
 
 
 @pytest.mark.asynchronous
-def test_stragglers_suite_compares_with_what_each_does_alone() -> None:
+def test_stragglers_suite_compares_with_what_each_does_alone(left: Left) -> None:
     result = stragglers.measure(
         TINY, batch_size=8, slowdown=4.0, num_oversubscribed=3, num_rounds=1, num_steps=30, downpour={}
     )
@@ -104,7 +98,7 @@ def test_stragglers_suite_compares_with_what_each_does_alone() -> None:
     assert all(row["images/s"] > 0 for row in result.rows)
     assert [row["share of alone"] for row in result.rows if row["strategy"] == "sum of each alone"] == [1.0, 1.0]
     assert result.figure is not None
-    assert not _left("squall.conf.suites.stragglers", "squall.consistency.host")
+    assert not left("squall.conf.suites.stragglers", "squall.consistency.host")
 
 
 def test_speeds_add_up_over_the_time_that_all_ranks_train() -> None:
@@ -118,14 +112,14 @@ def test_speeds_add_up_over_the_time_that_all_ranks_train() -> None:
         stragglers.steps_per_second([fast, [30.0, 31.0]])
 
 
-def test_shards_suite_applies_what_it_times() -> None:
+def test_shards_suite_applies_what_it_times(left: Left) -> None:
     result = shards.measure(TINY, num_rounds=2)
     assert [row["round trip"][:4] for row in result.rows] == ["bare", "push"]
     assert all(0 < row["fastest"] <= row["ms"] <= row["slowest"] for row in result.rows)
     assert len(result.extra["seconds"]) == 2
     assert result.extra["error"] < 1e-5
     assert not [failure for failure in result.failures if "Adagrad" in failure]
-    assert not _left("squall.conf.suites.shards", "squall.consistency.host")
+    assert not left("squall.conf.suites.shards", "squall.consistency.host")
 
 
 def test_shards_suite_fails_below_half_the_speed_and_off_the_weights() -> None:
@@ -182,7 +176,7 @@ def test_deep_compression_suite_tests_the_file_and_resumes(tmp_path: Path) -> No
 
 @pytest.mark.asynchronous
 @pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
-def test_staleness_suite_holds_all_but_staleness_equal_and_resumes(tmp_path: Path) -> None:
+def test_staleness_suite_holds_all_but_staleness_equal_and_resumes(tmp_path: Path, left: Left) -> None:
     arguments = {
         "net": TINY | {"dropout": 0.0}, "data": {"max_shift": 0, "flip": False}, "num_samples": 160, "batch_size": 16,
         "training": {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.0, "schedule": "cosine"},
@@ -198,7 +192,7 @@ def test_staleness_suite_holds_all_but_staleness_equal_and_resumes(tmp_path: Pat
     assert rows[2, "DDP"]["test accuracy, %"] == pytest.approx(rows[1, "DDP"]["test accuracy, %"], abs=0.05)
     assert rows[1, "any"]["mean staleness"] == 0 < rows[2, "none"]["mean staleness"]
     assert result.figure is not None
-    assert not _left("squall.conf.suites.staleness", "squall.consistency.host")
+    assert not left("squall.conf.suites.staleness", "squall.consistency.host")
 
     path = Path(arguments["results"])
     written = path.read_text().splitlines()
@@ -232,7 +226,7 @@ def test_staleness_suite_refuses_what_cant_be_held_equal() -> None:
 
 @pytest.mark.asynchronous
 @needs("namespaces", why_not())
-def test_links_suite_measures_both_speed_and_bytes() -> None:
+def test_links_suite_measures_both_speed_and_bytes(left: Left) -> None:
     result = wires.measure(
         TINY, rate="200mbit", batch_sizes=[4], num_rounds=1, num_steps=20, claims={"ddp": {4: 1e9}},
         alternatives={
@@ -253,7 +247,7 @@ def test_links_suite_measures_both_speed_and_bytes() -> None:
     assert sent["downpour int8"] < 0.5 * sent["ddp"]
     assert len(result.failures) == 1
     assert result.figure is not None
-    assert not _left("squall.conf.suites.wires", "squall.consistency.host")
+    assert not left("squall.conf.suites.wires", "squall.consistency.host")
 
 
 def test_compressed_files_come_near_to_the_entropy(monkeypatch: pytest.MonkeyPatch) -> None:

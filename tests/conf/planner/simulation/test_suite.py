@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import psutil
 import pytest
 
 from squall.conf.planner.simulation import total_variation
 from squall.conf.suites import simulation
+from tests.conf.conftest import Left
 
 TINY = {"num_classes": 10, "image_size": 28, "in_channels": 1, "num_columns": 2, "width": 0.1}
 COMMITTED = Path(__file__).parents[4] / "benchmarks" / "simulation.json"
 
 
 @pytest.mark.asynchronous
-def test_simulated_staleness_is_near_a_real_runs() -> None:
+def test_simulated_staleness_is_near_a_real_runs(left: Left) -> None:
     result = simulation.measure(TINY, batch_size=8, updates=300, workers=[2], turn=0.003, seed=0)
     (row,) = result.rows
     assert (row["workers"], row["updates"]) == (2, 300)
@@ -25,8 +25,7 @@ def test_simulated_staleness_is_near_a_real_runs() -> None:
     assert row["total variation"] < 0.3  # of few updates, on whatever machine this is; the claim is the benchmark's
     assert row["simulated updates/s"] == pytest.approx(row["updates/s"], rel=0.35)
     assert result.figure is not None
-    left = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
-    assert not [name for name in left if "squall.conf.suites.simulation" in name or "squall.consistency.host" in name]
+    assert not left("squall.conf.suites.simulation", "squall.consistency.host")
 
 
 def _run(staleness: dict[int, int], compute: list[float]) -> simulation.Run:
