@@ -53,7 +53,7 @@ class Calibration:
         operations: Seconds of single operations by key, all ranks computing.
         alone: The same while one rank computes.
         links: What was measured between ranks, by name.
-        overheads: By strategy, what an operation takes more than alone.
+        overheads: By strategy, what an operation (a message of hybrid, a push of Downpour) takes more than alone.
         shard_seconds: That pushing, applying and fetching a byte takes.
 
     """

@@ -228,7 +228,7 @@ def _overlapped(columns: Any, turns: Sequence[Any]) -> tuple[float, float]:
 
     def products_a_second(is_over: Callable[[], bool]) -> tuple[float, float]:
         begin, done = time.perf_counter(), 0
-        while not is_over():
+        while not done or not is_over():
             torch.mm(first, second)
             done += 1
         seconds = time.perf_counter() - begin

@@ -254,7 +254,8 @@ def _plot(cases: Sequence[_Case]) -> Figure:
         axes.plot(ends, [share * end for end in ends], style, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8)
+    if cases:
+        axes.legend(frameon=False, fontsize=8)
     title = ", ".join(
         f"{link} {dict(zip('osD^v', ('circle', 'square', 'diamond', 'up', 'down'), strict=True))[m]}"
         for link, m in marks.items()
