@@ -16,11 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from squall.conf.main import UserError, report_errors
-from squall.conf.writers import format_value, write_results
+from squall.conf.writers import format_value, print_whole, write_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 
 @dataclass
@@ -58,7 +57,6 @@ def write(result: SuiteResult, stem: Path) -> None:
 
     """
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     write_results(
@@ -72,24 +70,11 @@ def write(result: SuiteResult, stem: Path) -> None:
         values = [row.get(name) for row in result.rows]
         numeric = all(isinstance(value, int | float | None) for value in values)
         # A heading and a name may break between words; a number may not.
-        words = [name, *map(format_value, values)]
-        longest = max(len(part) for word in words for part in ([word] if numeric and word != name else word.split(" ")))
-        table.add_column(name, justify="right" if numeric else "left", min_width=longest)
+        texts = " ".join([name, *map(format_value, values)])
+        table.add_column(name, justify="right" if numeric else "left", min_width=max(map(len, texts.split(" "))))
     for row in result.rows:
         table.add_row(*(format_value(row.get(name)) for name in columns))
-    console = Console()
-    # A file has room for what a terminal has not.
-    wide = console if console.is_terminal else Console(width=max(console.width, _width_of(table)))
-    wide.print(table, crop=False)
-    console.print(result.notes, f"[dim]{stem.resolve()}.md .json[/dim]", sep="\n")
-
-
-def _width_of(table: Table) -> int:
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    wide = Console(width=1000)
-    return Measurement.get(wide, wide.options, table).maximum
+    print_whole(table, result.notes, f"[dim]{stem.resolve()}.md .json[/dim]")
 
 
 def names_of(group: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from squall.conf.writers import format_value, write_results
+from squall.conf.writers import format_value, print_whole, write_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +92,6 @@ def print_table(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
     """
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="Comparison of the jobs of this sweep", title_style="bold", box=SIMPLE_HEAD)
@@ -111,7 +110,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
                 if k in shown
             )
         )
-    Console().print(table, f"[dim]{folder.resolve()}[/dim]", sep="\n")
+    print_whole(table, f"[dim]{folder.resolve()}[/dim]")
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from squall.conf.main import FROM_DATA, UserError, report_errors
-from squall.conf.writers import format_value, write_results
+from squall.conf.writers import format_value, print_whole, write_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,7 +104,6 @@ def show(cfg: DictConfig, stem: Path) -> None:
 
     """
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     from squall.conf.planner.predictions import layers_of, trace_of
@@ -140,7 +139,7 @@ def show(cfg: DictConfig, stem: Path) -> None:
         seen.add(key)
         style = "bold" if row["strategy"] == chosen.alternative.label else None
         table.add_row(*(format_value(row.get(name)) for name in shown), style=style)
-    Console().print(table, notes, f"[dim]{stem.resolve()}.md .json .png[/dim]", sep="\n")
+    print_whole(table, notes, f"[dim]{stem.resolve()}.md .json .png[/dim]")
 
 
 @hydra.main(version_base="1.3", config_path=".", config_name="plan")

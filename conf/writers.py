@@ -10,9 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Row = Mapping[str, Any]
+_WIDEST = 1000  # columns of a table in a file
 
 
 def format_value(value: Any) -> str:
@@ -64,6 +68,24 @@ def to_markdown(rows: Sequence[Row]) -> str:
         *("| " + " | ".join(format_value(row.get(c)).replace("|", "\\|") for c in columns) + " |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def print_whole(table: Table, *below: str) -> None:
+    """Print a table, and what is to be said below it.
+
+    Args:
+        table: Is as wide as it needs to be where there is no terminal: a file has room.
+        below: Paragraphs.
+
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console()
+    needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    wide = console if console.is_terminal else Console(width=max(console.width, needed))
+    wide.print(table, crop=False)
+    console.print(*below, sep="\n")
 
 
 def describe_machine() -> dict[str, Any]:
