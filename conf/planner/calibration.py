@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,35 +175,31 @@ class Calibration:
             strategies: Names as of :class:`Alternative`.
 
         """
-        link, num_ranks = ranks.link.name, len(ranks.link.prefixes)
-        toy = task_of(_TOY)
+        num_ranks = len(ranks.link.prefixes)
         wanted = {*strategies, *(BUILT_ON[strategy] for strategy in strategies if strategy in BUILT_ON)}
         strategies = sorted(wanted, key=list(REGISTERED).index)  # what others are built on comes first
         for strategy in strategies:
             if strategy in self.overheads:
                 continue
             alternative = alternative_of(strategy, num_ranks)
-            trace = trace_of(toy, alternative, _TOY_BATCH)
-            self.measure_operations(ranks, [trace], together=alternative.num_ranks > 1)
-            cluster = self.cluster(link, num_ranks, alone=alternative.num_ranks == 1)
-            known = play(trace, cluster.device, cluster.network).seconds + overhead(alternative, trace, cluster)
-            taken = ranks.fit(_TOY, REGISTERED[strategy], _TOY_BATCH, _TOY_STEPS, options_of(alternative))[0]
-            more = max(statistics.median(taken) - known, 0.0)
+            more, trace = self._unexplained(ranks, _TOY, alternative, _TOY_BATCH, _TOY_STEPS)
             self.overheads[strategy] = more / max(num_overheads(alternative, trace), 1)
         if "downpour" in strategies and not self.shard_seconds:
-            self._measure_shards(ranks)
+            alternative = alternative_of("downpour", num_ranks)
+            more, trace = self._unexplained(ranks, _WIDE, alternative, 2 * num_ranks, _WIDE_STEPS)
+            self.shard_seconds = more / trace.memory.weights
 
-    def _measure_shards(self, ranks: TimingRanks) -> None:
-        link, num_ranks = ranks.link.name, len(ranks.link.prefixes)
-        task = task_of(_WIDE)
-        alternative = alternative_of("downpour", num_ranks)
-        trace = trace_of(task, alternative, 2 * num_ranks)
-        self.measure_operations(ranks, [trace])
-        cluster = self.cluster(link, num_ranks)
-        computing = play(trace, cluster.device, cluster.network).seconds
-        computing += overhead(alternative, trace, cluster)
-        taken = ranks.fit(_WIDE, "downpour", 2 * num_ranks, _WIDE_STEPS, {})[0]
-        self.shard_seconds = max(statistics.median(taken) - computing, 0.0) / (4 * task.num_parameters)
+    def _unexplained(
+        self, ranks: TimingRanks, net: Mapping[str, Any], alternative: Alternative, batch_size: int, num_steps: int
+    ) -> tuple[float, Trace]:
+        """Seconds that a step takes beyond what is known of it so far, and the step."""
+        is_alone = alternative.num_ranks == 1
+        trace = trace_of(task_of(net), alternative, batch_size)
+        self.measure_operations(ranks, [trace], together=not is_alone)
+        cluster = self.cluster(ranks.link.name, len(ranks.link.prefixes), alone=is_alone)
+        known = play(trace, cluster.device, cluster.network).seconds + overhead(alternative, trace, cluster)
+        taken = ranks.fit(net, REGISTERED[alternative.strategy], batch_size, num_steps, options_of(alternative))[0]
+        return max(statistics.median(taken) - known, 0.0), trace
 
 
 def alternative_of(strategy: str, num_ranks: int, **options: Any) -> Alternative:
@@ -255,8 +251,3 @@ def _probes() -> list[Operation]:
     found = [event.operation for event in recorder.events if isinstance(event, Compute)]
     least = 1 << 22  # sums and what fills gradients say nothing of the machine
     return [operation for operation in found if operation.flops or operation.num_bytes > least]
-
-
-def with_device(cluster: Cluster, device: Device) -> Cluster:
-    """The same machines with other devices."""
-    return replace(cluster, device=device)
