@@ -86,12 +86,13 @@ def test_bench_writes_what_a_suite_returns(call, tmp_path):
     assert (code, "Too slow." in error) == (1, True)
 
 
-def test_numbers_are_printed_whole_where_there_is_no_terminal(call, capsys, tmp_path, monkeypatch):
+def test_a_table_is_printed_whole_where_there_is_no_terminal(call, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    rows = [{f"a heading of words, number {n}": 123_456 + n for n in range(12)}]
-    bench.write(bench.SuiteResult("Title", rows), tmp_path / "table")
+    numbers = {f"a heading of words, number {n}": 123_456 + n for n in range(12)}
+    bench.write(bench.SuiteResult("Title", [{"net": "one as wide", **numbers}], notes="Note."), tmp_path / "table")
     printed = capsys.readouterr().out
-    assert all(f"{123_456 + n:,}" in printed for n in range(12))
+    assert all(f"{number:,}" in printed for number in numbers.values())
+    assert all(text in printed for text in [*numbers, "one as wide", "Note.", "table.md"])
     assert "…" not in printed
 
 
