@@ -96,6 +96,15 @@ def test_a_table_is_printed_whole_where_there_is_no_terminal(call, capsys, tmp_p
     assert "…" not in printed
 
 
+def test_a_narrow_terminal_cuts_no_number(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, a terminal
+    numbers = {f"a heading of words, number {n}": 123_456 + n for n in range(12)}
+    bench.write(bench.SuiteResult("Title", [numbers]), tmp_path / "table")
+    printed = capsys.readouterr().out
+    assert all(f"{number:,}" in printed for number in numbers.values())
+
+
 def test_bench_runs_all_suites_whatever_becomes_of_each(call, tmp_path, monkeypatch):
     seen = []
 

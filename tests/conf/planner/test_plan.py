@@ -159,11 +159,12 @@ def test_simulate_is_another_command(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = steps.Task(LeNet5(), torch.zeros(1, 1, 28, 28))
     path = tmp_path / "calibration.json"
-    only = ["single", "ddp", "columns"]
+    only = ["single", "ddp", "columns", "downpour"]
     first = calibrate(task, Batch(16), "loopback", 2, {}, path, only)
     assert first.device.flops > 1e9
     assert first.network.inside.bandwidth > 1e7
     assert set(first.overheads) == set(only)
+    assert 0 <= first.shard_seconds < 1e-7  # a byte
     found, left_out = predict_all(task, Batch(16), first, {}, only)
     assert not left_out
     assert all(1e-4 < p.seconds < 1.0 for p in found)
