@@ -10,7 +10,8 @@ library.__file__ = os.environ["SQUALL_SANITIZED"]
 
 import torch  # noqa: E402
 
-from squall.kernels import native  # noqa: E402
+from squall.kernels.native import memory  # noqa: E402
 
 # One that is kept would be larger than what is asked for, and nothing behind that would be watched.
-native.workspace = lambda num, name: torch.empty(num)
+memory.workspace = lambda num, name: torch.empty(num)
+memory.result = lambda shape, dtype=torch.float32: torch.empty(tuple(shape), dtype=dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from squall.kernels import native
 from squall.kernels.devices import triton_serves
+from squall.kernels.native import memory
 
 from .torch_path import Window, differentiable_backward, is_channels_last, torch_backward, torch_forward
 
@@ -24,11 +25,11 @@ def _native(x: Tensor, grad: Tensor | None, window: Window, relu: bool) -> Tenso
     last = is_channels_last(x)
     if not last:
         x = x.contiguous()
-    result = torch.empty_like(x)
+    result = memory.result_like(x)
     if not x.numel():
         return result
     if grad is not None:
-        grad = torch.empty_like(x).copy_(grad) if grad.stride() != x.stride() else grad
+        grad = memory.result_like(x).copy_(grad) if grad.stride() != x.stride() else grad
     samples, channels = x.shape[0], x.shape[1] // window.groups
     num_threads = torch.get_num_threads()
     num_scratch = 2 * (channels + window.size) * _BLOCK

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squall.kernels import native
+from squall.kernels.native import memory
 from squall.kernels.pairs import pair
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
@@ -73,11 +74,11 @@ def _max_pool2d(
 ) -> Tensor:
     if not native.serves(x, dtypes=native.SINGLE) or not x.is_contiguous() or not x.numel():
         return _torch(x, kernel_size, stride, padding, dilation, ceil_mode)
-    y = torch.empty(_shape(x, kernel_size, stride, padding, dilation, ceil_mode))
+    y = memory.result(_shape(x, kernel_size, stride, padding, dilation, ceil_mode))
     height, width = x.shape[-2:]
     num_scratch = padding[1] + max(width, (y.shape[-1] - 1) * stride[1] + dilation[1] * (kernel_size[1] - 1) + 1) + 16
     num_threads = torch.get_num_threads()
-    scratch = native.workspace(num_threads * num_scratch, "row")
+    scratch = memory.workspace(num_threads * num_scratch, "row")
     _kernel(
         x.data_ptr(), y.data_ptr(), scratch.data_ptr(), num_scratch, x.shape[:-2].numel(), height, width,
         *y.shape[-2:], *kernel_size, *stride, *padding, *dilation, num_threads,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,32 +140,6 @@ def serves_rows(*rows: torch.Tensor | None) -> bool:
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """Where a tensor's memory begins, as a kernel takes it; None for one that there isn't."""
     return None if tensor is None else tensor.data_ptr()
-
-
-_own = threading.local()
-_MOST_KEPT = 1 << 26
-
-
-def workspace(num: int, name: str) -> torch.Tensor:
-    """Memory for intermediate results: the calling thread's own, and kept, since fresh pages cost as much as the work.
-
-    Args:
-        num: Single-precision numbers.
-        name: What for; two of one name are the same memory.
-
-    Returns:
-        Shape (num,), uninitialised.
-
-    """
-    if num > _MOST_KEPT:
-        return torch.empty(num)
-    kept = getattr(_own, name, None)
-    if kept is None or len(kept) < num:
-        with torch.inference_mode(False):  # it may be written to outside of it later
-            kept = torch.empty(num)
-        setattr(_own, name, kept)
-    result: torch.Tensor = kept[:num]
-    return result
 
 
 def function(name: str, *argument_types: Any, returns: Any = None) -> Any:

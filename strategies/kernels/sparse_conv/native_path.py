@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from squall.kernels import native
+from squall.kernels.native import memory
 
 from .plan import WIDTH, Packing, Plan
 
@@ -36,7 +37,7 @@ def pack(x: Tensor, packing: Packing, stride: tuple[int, int], name: str = "pack
     """
     samples, channels, height, width = x.shape
     num_blocks = -(-samples // packing.lanes)
-    packed = native.workspace(num_blocks * channels * packing.channel_size + packing.tail, name)
+    packed = memory.workspace(num_blocks * channels * packing.channel_size + packing.tail, name)
     packed[-packing.tail :].zero_()  # what is computed of it is thrown away, or times zero: it must be finite
     table = packing.phase_table
     _pack_kernel(
@@ -63,9 +64,9 @@ def convolve(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, relu: b
     """
     sizes, packing, num_threads = plan.sizes, plan.packing, torch.get_num_threads()
     num_outputs, num_inputs = sizes.weight[:2]
-    y = torch.empty(sizes.samples, num_outputs, sizes.out_height, sizes.out_width)
+    y = memory.result((sizes.samples, num_outputs, sizes.out_height, sizes.out_width))
     num_scratch = num_outputs // sizes.groups * plan.tile * WIDTH
-    scratch = native.workspace(num_threads * num_scratch, "sums")
+    scratch = memory.workspace(num_threads * num_scratch, "sums")
     for part, out in zip(_parts(x, packing), _parts(y, packing, like=x), strict=True):
         packed = pack(part, packing, sizes.stride)
         _conv_kernel(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from squall.kernels import native
+from squall.kernels.native import memory
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _kernel = native.function("squall_top_k", *[_POINTER] * 3, *[_LONG] * 4, *[_POINTER] * 3, _INT)
@@ -39,7 +40,7 @@ def encode_top_k(numbers: Tensor, out: Tensor, residual: Tensor | None, k: int, 
         return False
     num = numbers.numel()
     num_pieces = -(-num // _PIECE)
-    scratch = native.workspace(2 * num + 2 * num_pieces, "top_k")
+    scratch = memory.workspace(2 * num + 2 * num_pieces, "top_k")
     num_found = scratch.data_ptr()  # first, since they are of 8 bytes
     places = num_found + 8 * num_pieces
     _kernel(

@@ -1,0 +1,174 @@
+"""Memory that is kept: another result has it when nobody needs it any more, and not before."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from squall.kernels import local_response_norm, max_pool2d
+from squall.kernels.native import memory
+
+LARGE = memory.LEAST_BYTES // 4  # numbers in single precision
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> list:
+    kept: list = []
+    monkeypatch.setattr(memory, "_kept", kept)
+    return kept
+
+
+def test_memory_is_found_again(nothing_kept: list) -> None:
+    first = memory.result((LARGE,))
+    place = first.data_ptr()
+    assert not nothing_kept
+    del first
+    assert [block.ctypes.data for block in nothing_kept] == [place]
+    again = memory.result((2, LARGE // 2))
+    assert (again.data_ptr(), again.shape, again.is_contiguous()) == (place, (2, LARGE // 2), True)
+    assert memory.result((LARGE,)).data_ptr() != place, "it is in use"
+
+
+USES: dict[str, Callable[[torch.Tensor], object]] = {
+    "view": lambda result: result.view(2, -1)[1],
+    "array": lambda result: result.numpy()[5:],
+    "storage": lambda result: result.untyped_storage(),
+    "autograd": lambda result: torch.ones(1, requires_grad=True) * result,  # whose gradient needs it
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_not_while_anybody_needs_it(use: str, nothing_kept: list) -> None:
+    used = USES[use](memory.result((LARGE,)).fill_(1.0))
+    gc.collect()
+    assert not nothing_kept
+    others = [memory.result((LARGE,)).fill_(2.0) for _ in range(2)]
+    assert use in ("autograd", "storage") or float(torch.as_tensor(used).max()) == 1.0
+    del others
+    assert len(nothing_kept) == 2
+    del used
+    gc.collect()
+    assert len(nothing_kept) == 3
+
+
+def test_what_fits_best(nothing_kept: list) -> None:
+    places = {}
+    for times in (8, 2, 3):
+        held = memory.result((times * LARGE,))
+        places[times] = held.data_ptr()
+        del held
+        nothing_kept_now = list(nothing_kept)
+        nothing_kept.clear()
+        places[times, "block"] = nothing_kept_now[0]
+    nothing_kept.extend(places[times, "block"] for times in (8, 2, 3))
+    assert memory.result((2 * LARGE,)).data_ptr() == places[2]
+    assert memory.result((2 * LARGE + 1,)).data_ptr() == places[3]
+    nothing_kept[:] = [places[8, "block"]]
+    assert memory.result((LARGE,)).data_ptr() != places[8], "much too large"
+
+
+def test_so_much_is_kept_and_no_more(nothing_kept: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_MOST_KEPT", 2 * memory.LEAST_BYTES)
+    results = [memory.result((LARGE,)) for _ in range(3)]
+    last = results[-1].data_ptr()
+    while results:
+        results.pop(0)
+    assert len(nothing_kept) == 2
+    assert nothing_kept[-1].ctypes.data == last, "the one that was kept longest goes first"
+    del results
+    memory.result((3 * LARGE,))
+    assert all(block.nbytes <= 2 * memory.LEAST_BYTES for block in nothing_kept)
+
+
+def test_small_results_are_not_kept(nothing_kept: list) -> None:
+    memory.result((LARGE - 1,))
+    memory.result((0, 5))
+    assert not nothing_kept
+    assert memory.result((LARGE // 2,), torch.float64).dtype == torch.float64
+    assert len(nothing_kept) == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 33, 100, 90), (1, 96, 130, 90), (5, 1, 1100, 200)])
+def test_memory_formats(shape: tuple[int, ...]) -> None:
+    for x in (torch.randn(shape), torch.randn(shape).to(memory_format=torch.channels_last)):
+        like = memory.result_like(x)
+        assert (like.shape, like.stride(), like.dtype) == (x.shape, torch.empty_like(x).stride(), x.dtype)
+
+
+def test_threads_get_memory_of_their_own() -> None:
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            mine = memory.result((LARGE,))
+            mine[:: LARGE // 16] = number
+            other = memory.result((LARGE,))
+            other[:: LARGE // 16] = -1.0
+            if not bool((mine[:: LARGE // 16] == number).all()):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_results_of_kernels_stay_as_they_are() -> None:
+    x = torch.randn(2, 64, 128, 128, requires_grad=True)
+    first = local_response_norm(x, 5)
+    kept = first.detach().clone()
+    for _ in range(3):
+        second = local_response_norm(torch.randn_like(x), 5)
+        max_pool2d(second.detach(), 3, 1, 1)
+    assert torch.equal(first, kept)
+    first.backward(torch.ones_like(first))
+    gradient, x.grad = x.grad, None
+    local_response_norm(x, 5).backward(torch.ones_like(first))
+    assert torch.equal(gradient, x.grad)
+
+
+def test_a_block_that_comes_back_meanwhile(nothing_kept: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may run while a block is looked for."""
+
+    def collecting(*arguments: object, **keywords: object) -> object:
+        gc.collect()
+        return min(*arguments, **keywords)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(memory, "min", collecting, raising=False)
+    first = memory.result((LARGE,))
+    cycle: list = [memory.result((LARGE,)), memory.result((LARGE,))]
+    cycle.append(cycle)
+    places = [first.data_ptr(), *(part.data_ptr() for part in cycle[:2])]
+    del first, cycle
+    memory.result((LARGE,))
+    assert sorted(places) == sorted(block.ctypes.data for block in nothing_kept)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_blocks_stay() -> None:
+    script = """
+import resource, torch
+from squall.kernels.native import memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        blocks = [torch.empty(num << 20, dtype=torch.uint8).fill_(1) for num in (18, 18, 9)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+memory.let_freed_blocks_stay()
+faults()
+print(faults())
+"""
+    num_faults = int(subprocess.check_output([sys.executable, "-c", script], text=True))
+    assert num_faults < 1000, "and 45,952 if they don't"
