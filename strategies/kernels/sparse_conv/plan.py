@@ -22,7 +22,7 @@ WIDTH = 16
 """Numbers in a register, or in several of a lesser instruction set; as in kernel.c."""
 _TILES = {"avx512": 14, "avx2": 6, "plain": 3}
 """Most registers of a tile: what the instruction set has, less what the weights need."""
-_L1_BYTES = 36 << 10  # a little more than it holds: what is read again soonest is what stays
+_L1_BYTES = 48 << 10  # what it holds, and no more for the rest: what is read again soonest is what stays
 _L2_BYTES = 256 << 10  # of sums: others need it, too
 _PENALTIES = {1: 1.7, 2: 1.7, 4: 1.6, 8: 1.3, 16: 1.0}
 """By samples side by side: what loads cost that don't begin where a line of the cache does."""
@@ -249,6 +249,7 @@ def _tile(
                 num_pieces * (tile * WIDTH + reach), len(packing.phases) * (tile * WIDTH + reach + span)
             )
             block = min(num_inputs, max(1, _L1_BYTES // footprint))
+            block = -(-num_inputs // -(-num_inputs // max(1, block)))  # as many blocks, of equal sizes
             row_tiles = -(-sizes.out_width * lanes // (tile * WIDTH))
             far = 4 * outputs * tile * WIDTH > _L2_BYTES
             # The last number is the end of a loop that nobody foresees.
