@@ -214,20 +214,33 @@ ISA_TARGET static void FN(forward)(void *context, int64_t index, int thread)
     }
 }
 
-ISA_TARGET SQUALL_INLINE float FN(sum)(vector v)
+/* Add each vector's sum to a number: 16 at a time, since the sum of one is a long chain of instructions. */
+ISA_TARGET SQUALL_INLINE void FN(add_sums)(const vector *vectors, int64_t num, float *to)
 {
-    float total = 0;
+    vector rows[WIDTH];
     SQUALL_UNROLL
     for (int i = 0; i < WIDTH; i++)
-        total += v[i];
-    return total;
+        rows[i] = vectors[i];
+    FN(transpose)(rows);
+    SQUALL_UNROLL
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        SQUALL_UNROLL
+        for (int i = 0; i < half; i++)
+            rows[i] += rows[i + half];
+    if (num == WIDTH)
+        *(vector *)to += rows[0];
+    else
+        for (int64_t i = 0; i < num; i++)
+            to[i] += rows[0][i];
 }
 
-/* Add a tile's part of the gradients of one output's weights. */
+/* Add a tile's part of the gradients of some outputs' weights. */
 ISA_TARGET SQUALL_INLINE void FN(gather_all)(const int num, const struct conv *c, int64_t first, const float *in,
                                              const float *grad, int64_t low, int64_t high)
 {
     const int64_t *starts = c->starts + first;
+    vector waiting[WIDTH] = {{0}};
+    int64_t num_waiting = 0;
     for (int64_t output = low; output < high; output++) {
         if (starts[output] == starts[output + 1])
             continue;
@@ -246,9 +259,14 @@ ISA_TARGET SQUALL_INLINE void FN(gather_all)(const int num, const struct conv *c
                 else
                     even += g[i] * *(const vector *)(x + i * WIDTH);
             }
-            c->result[at] += FN(sum)(even + odd);
+            waiting[num_waiting++] = even + odd;
+            if (num_waiting == WIDTH) {
+                FN(add_sums)(waiting, WIDTH, c->result + at + 1 - WIDTH);
+                num_waiting = 0;
+            }
         }
     }
+    FN(add_sums)(waiting, num_waiting, c->result + starts[high] - num_waiting);
 }
 
 ISA_TARGET static void FN(gather_tile)(int64_t num, const struct conv *c, int64_t first, const float *in,
