@@ -15,11 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from squall.kernels.native import memory
+
 from .assembling import DENSEST, assemble, can_be_sparse, copy_module
 from .fusing import fuse_relu
 from .sparse_layers import MaxPool2d, SparseConv2d, SparseLinear
 
 _MOST_SECONDS = 1.0  # of a layer's measurement
+_FEW_PRODUCTS = 150  # weights of an output channel: those of a first layer
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,11 @@ def to_inference(
     """Make a copy of a module whose linear layers and convolutions run sparse where that is faster here.
 
     Each layer is run both ways with what the example input brings to it, in turn, on as many threads as torch has now;
-    the faster one stays. What it comes to depends on the machine, the batch and the density, so it is measured and
-    never assumed. A ReLU that follows a sparse layer becomes part of it where :mod:`torch.fx` can follow the module,
-    and maxima are taken without keeping where they came from.
+    the faster one stays. Those with more than 70 % of their weights are tried only if they are convolutions of so few
+    channels that memory is what takes time. What it comes to depends on the machine, the batch and the density: it is
+    measured and never assumed. A ReLU that follows a sparse layer becomes part of it where :mod:`torch.fx` can follow
+    the module, one that follows a dense layer works in place, and maxima are taken without keeping where they came
+    from.
 
     Weights that are zero count as absent: prune first, or load what :class:`~squall.sparsity.DeepCompression` has
     written. Layers with few different values keep a codebook of them.
@@ -148,6 +153,7 @@ def to_inference(
     if example_input is None and path is None:
         raise ValueError("to_inference needs an example_input, to measure with, or the path of a compressed file.")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    memory.let_freed_blocks_stay()  # or what dense layers take would hang on what was run before
     faster = dict[nn.Module, nn.Module]()
     if path is None:
         result = copy_module(module, {}).eval()
@@ -221,7 +227,9 @@ def _measure(name: str, layer: nn.Module, x: Tensor, num_runs: int) -> tuple[Lay
     density = num_live / max(1, weight.numel())
     output = layer(x)
     outputs = output.numel() / max(1, weight.shape[0])  # how often each weight is used
-    sparse = _sparse(layer) if density <= DENSEST else None
+    # With few products a number it is memory that takes time, and a direct convolution needs less of it.
+    has_few = isinstance(layer, nn.Conv2d) and weight[:1].numel() <= _FEW_PRODUCTS
+    sparse = _sparse(layer) if density <= DENSEST or has_few else None
     ways: list[Callable[[Tensor], Tensor]] = [layer] if sparse is None else [layer, sparse]
     times = [statistics.median(of_one) for of_one in _time(ways, x, num_runs)]
     choice = LayerChoice(

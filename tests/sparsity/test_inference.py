@@ -101,6 +101,45 @@ def test_relus_become_part_of_sparse_layers() -> None:
     assert not any(isinstance(part, nn.ReLU | nn.Dropout) for part in fast.modules())
 
 
+def test_relus_work_in_place_behind_dense_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "_time", lambda ways, x, num_runs: [[1.0], [2.0]][: len(ways)])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.watched, self.again = (nn.Linear(6, 6) for _ in range(4))
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.relu(self.first(self.relu(x)))  # what a user gives stays as it is
+            y = self.second(x)
+            x = self.watched(y.relu() + y).relu()  # whose input is needed once more
+            return F.relu(self.again(F.relu(self.again(x))))
+
+    shown = []
+    net = Net().eval()
+    net.watched.register_forward_hook(lambda layer, given, result: shown.append(result))
+    x = torch.randn(5, 6)
+    given = x.clone()
+    expected = net(x)
+    fast = to_inference(net, x, show=False)
+    assert torch.equal(fast(x), expected)
+    assert torch.equal(x, given)
+    assert (shown[-1] < 0).any(), "a hook keeps what it was shown"
+    in_place = [str(node.args[0]) for node in fast.graph.nodes if node.target is torch.relu_]
+    assert in_place == ["first", "again", "again_1"]
+
+
+def test_dense_convolutions_of_few_channels_are_measured() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(), nn.Conv2d(20, 8, 3, padding=1), nn.Flatten(), nn.Linear(800, 4)
+    ).eval()
+    x = torch.randn(2, 3, 10, 10)
+    fast = to_inference(net, x, show=False)
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+    assert [math.isnan(row.sparse_ms) for row in fast.inference_report] == [False, True, True]
+
+
 def test_the_faster_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([[[1.0], [2.0]], [[2.0], [1.0]]])
     monkeypatch.setattr(inference, "_time", lambda ways, x, num_runs: next(times))
