@@ -49,9 +49,14 @@ def prune(module: nn.Module, density: float, whole: str) -> nn.Module:
     Args:
         module: Whose.
         density: Share of each layer's weights that stays.
-        whole: Name of the layer that is left as it is.
+        whole: Name of the layer that is left as it is, with a dot.
+
+    Raises:
+        ValueError: There is no such layer.
 
     """
+    if not any(name.startswith(whole) for name, _ in module.named_parameters()):
+        raise ValueError(f"whole={whole!r}: {type(module).__name__} has no such layer.")
     for name, parameter in module.named_parameters():
         if parameter.ndim >= 2 and not name.startswith(whole):
             parameter.data.mul_(_mask(parameter, density))

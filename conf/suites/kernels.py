@@ -30,8 +30,8 @@ CASES: dict[str, Any] = {
     "AlexNet at 10 %, batch 16": partial(kernel_cases.network, "AlexNet", 0.1, 16, "conv1."),
     "AlexNet compressed, file on disk to first answer": partial(kernel_cases.first_answer, True),
     "AlexNet compressed, file in memory to first answer": partial(kernel_cases.first_answer, False),
-    "VGG-16 at 5 %, batch 1": partial(kernel_cases.network, "VGG16", 0.05, 1, "conv1_1."),
-    "VGG-16 at 5 %, batch 8": partial(kernel_cases.network, "VGG16", 0.05, 8, "conv1_1."),
+    "VGG-16 at 5 %, batch 1": partial(kernel_cases.network, "VGG16", 0.05, 1, "features.conv1_1."),
+    "VGG-16 at 5 %, batch 8": partial(kernel_cases.network, "VGG16", 0.05, 8, "features.conv1_1."),
     "VGG-D at 5 %, a training step of 64 images": partial(kernel_cases.sparse_step, 0.05, 64),
 }
 

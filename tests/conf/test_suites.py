@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from squall import models
 from squall.conf.suites import (
     compression,
     deep_compression,
+    kernel_cases,
     kernels,
     shards,
     sparse_training,
@@ -343,3 +345,19 @@ def test_every_kernel_case_has_ways_of_one_result(name: str, monkeypatch: pytest
     with kernels.CASES[name]() as ways:
         results = [work() for work in (*ways.dense.values(), ways.ours)]
         assert all(result is None or result.shape == results[0].shape for result in results)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in kernels.CASES if " at " in name and "batch" in name and "fc6" not in name]
+)
+def test_first_layers_of_networks_stay_whole(name: str) -> None:
+    net, density, _, whole = kernels.CASES[name].args
+    with torch.device("meta"):
+        module = getattr(models, net)()
+    left = [key for key, parameter in module.named_parameters() if parameter.ndim >= 2 and key.startswith(whole)]
+    assert left == [next(key for key, parameter in module.named_parameters() if parameter.ndim >= 2)]
+    small = kernel_cases.prune(torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 9)), density, "0.")
+    assert bool(small[0].weight.all())
+    assert not bool(small[1].weight.all())
+    with pytest.raises(ValueError, match=r"conv0.*Sequential has no such layer"):
+        kernel_cases.prune(small, density, "conv0.")
