@@ -12,8 +12,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from squall.kernels import local_response_norm, max_pool2d
+from squall.kernels import local_response_norm, max_pool2d, sparse_conv2d, sparse_linear
 from squall.kernels.native import memory
+from squall.kernels.sparse_linear import pack_live
 
 LARGE = memory.LEAST_BYTES // 4  # numbers in single precision
 
@@ -134,6 +135,21 @@ def test_results_of_kernels_stay_as_they_are() -> None:
     gradient, x.grad = x.grad, None
     local_response_norm(x, 5).backward(torch.ones_like(first))
     assert torch.equal(gradient, x.grad)
+
+
+def test_whatever_the_default_device() -> None:
+    x, weight = torch.randn(2, 3, 300, 300, requires_grad=True), torch.randn(16, 3, 3, 3)
+    positions = torch.arange(0, weight.numel(), 5)
+    values = weight.flatten()[positions].requires_grad_()
+    places = torch.arange(0, 60, 7)
+    with torch.device("meta"):
+        y = sparse_conv2d(x, values, positions, weight.shape)
+        result = max_pool2d(local_response_norm(y, 5), 2)
+        result.backward(torch.ones_like(result, device="cpu"))
+        linear = sparse_linear(x[0, :2, 0, :6], pack_live(places, torch.ones_like(places).float(), (10, 6))[0])
+    assert {tensor.device.type for tensor in (y, result, x.grad, values.grad, linear)} == {"cpu"}
+    dense = torch.zeros(weight.numel()).index_put((positions,), values.detach()).view(weight.shape)
+    torch.testing.assert_close(y.detach(), torch.nn.functional.conv2d(x.detach(), dense), rtol=1e-4, atol=1e-4)
 
 
 def test_a_block_that_comes_back_meanwhile(nothing_kept: list, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def _native(x: Tensor, grad: Tensor | None, window: Window, relu: bool) -> Tenso
     samples, channels = x.shape[0], x.shape[1] // window.groups
     num_threads = torch.get_num_threads()
     num_scratch = 2 * (channels + window.size) * _BLOCK
-    scratch = torch.empty(num_threads * num_scratch if grad is not None or last else 0, dtype=x.dtype)
+    scratch = x.new_empty(num_threads * num_scratch if grad is not None or last else 0)
     _kernel(
         x.data_ptr(), native.pointer(grad), result.data_ptr(), scratch.data_ptr(), num_scratch,
         samples, window.groups, channels, x[0, 0].numel(), window.size // 2, (window.size - 1) // 2,

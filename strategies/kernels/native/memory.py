@@ -2,7 +2,7 @@
 
 An allocator that returns every large block to the system, as that of the C library does, has each result of tens of
 megabytes begin with thousands of page faults. Here such blocks are in large pages, where the system has any, and wait
-for the next result.
+for the next result. All of it is the CPU's, whatever the default device.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def workspace(num: int, name: str) -> Tensor:
 
     """
     if 4 * num > _MOST_KEPT:
-        return in_large_pages(torch.empty(num))
+        return in_large_pages(torch.empty(num, device="cpu"))
     kept = getattr(_own, name, None)
     if kept is None or len(kept) < num:
         with torch.inference_mode(False):  # it may be written to outside of it later
-            kept = in_large_pages(torch.empty(num))
+            kept = in_large_pages(torch.empty(num, device="cpu"))
         setattr(_own, name, kept)
     own: Tensor = kept[:num]
     return own
@@ -67,10 +67,10 @@ def result(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < LEAST_BYTES:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     memory = _take(num_bytes)
     if memory is None:
-        memory = in_large_pages(torch.empty(num_bytes, dtype=torch.uint8)).numpy()
+        memory = in_large_pages(torch.empty(num_bytes, dtype=torch.uint8, device="cpu")).numpy()
     lent = memory[:num_bytes]  # an array of its own: it is gone when the last tensor of this memory is
     weakref.finalize(lent, _give_back, memory).atexit = False
     return torch.from_numpy(lent).view(dtype).view(tuple(shape))
@@ -91,7 +91,7 @@ def let_freed_blocks_stay() -> None:
 
     It would get there by itself, or not, by what was run before. Others than that of glibc take no notice.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)  # it learns from no block above 32 MB
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")  # it learns from no block above 32 MB
 
 
 def _take(num_bytes: int) -> Any:

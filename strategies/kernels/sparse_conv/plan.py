@@ -98,7 +98,7 @@ class Packing:
     @cached_property
     def phase_table(self) -> Tensor:
         """The phases, for the kernel."""
-        return torch.tensor(self.phases, dtype=torch.int64).view(-1, 2)
+        return torch.tensor(self.phases, dtype=torch.int64, device="cpu").view(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
             for x in columns
         ],
         dtype=torch.int64,
+        device=positions.device,
     )
     order, offsets, starts = _order(positions, sizes, block_size, packing.channel_size, taps)
     return Plan(
@@ -173,9 +174,9 @@ def _order(
     """Bring weights into the kernel's order; returns that, where each reads, and where those of each output begin."""
     num_outputs, num_inputs, *kernel = sizes.weight
     outputs, num_blocks, positions = num_outputs // sizes.groups, -(-num_inputs // block_size), positions.contiguous()
-    starts = torch.zeros(sizes.groups * num_blocks * outputs + 1, dtype=torch.int64)
-    order, offsets = torch.empty_like(positions), torch.empty(len(positions), dtype=torch.int32)
-    reads = torch.empty(num_inputs * math.prod(kernel), dtype=torch.int32)
+    starts = positions.new_zeros(sizes.groups * num_blocks * outputs + 1)
+    order, offsets = torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)
+    reads = positions.new_empty(num_inputs * math.prod(kernel), dtype=torch.int32)
     _plan_kernel(
         positions.data_ptr(), len(positions), num_inputs, outputs, sizes.groups, num_blocks, block_size, channel_size,
         taps.data_ptr(), math.prod(kernel), starts.data_ptr(), order.data_ptr(), offsets.data_ptr(),

@@ -238,7 +238,7 @@ def pack_live(
     packed, arranged = _pack(positions, None, values, shape, row_block)
     slots = arranged.slots()
     positions = positions.detach().cpu()
-    edges = torch.arange(shape[0] + 1) * shape[1]
+    edges = torch.arange(shape[0] + 1, device=positions.device) * shape[1]
     row_starts = torch.searchsorted(positions, edges)
     columns = (positions - edges.repeat_interleave(row_starts.diff(append=row_starts[-1:]))).int()
     device = packed.values.device
