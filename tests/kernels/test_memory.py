@@ -60,18 +60,15 @@ def test_not_while_anybody_needs_it(use: str, nothing_kept: list) -> None:
 
 
 def test_what_fits_best(nothing_kept: list) -> None:
-    places = {}
+    blocks = {}
     for times in (8, 2, 3):
-        held = memory.result((times * LARGE,))
-        places[times] = held.data_ptr()
-        del held
-        nothing_kept_now = list(nothing_kept)
-        nothing_kept.clear()
-        places[times, "block"] = nothing_kept_now[0]
-    nothing_kept.extend(places[times, "block"] for times in (8, 2, 3))
+        memory.result((times * LARGE,))
+        blocks[times] = nothing_kept.pop()
+    places = {times: block.ctypes.data for times, block in blocks.items()}
+    nothing_kept.extend(blocks.values())
     assert memory.result((2 * LARGE,)).data_ptr() == places[2]
     assert memory.result((2 * LARGE + 1,)).data_ptr() == places[3]
-    nothing_kept[:] = [places[8, "block"]]
+    nothing_kept[:] = [blocks[8]]
     assert memory.result((LARGE,)).data_ptr() != places[8], "much too large"
 
 
