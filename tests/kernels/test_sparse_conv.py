@@ -12,6 +12,8 @@ from torch import Tensor
 
 from squall.kernels import native, sparse_conv2d
 from squall.kernels.sparse_conv import op, plan
+from squall.kernels.sparse_conv.lanes import Lanes, choose_lanes, lanes_for
+from squall.kernels.sparse_conv.sizes import Sizes
 
 PATHS = [*native.isas(), "torch"]
 
@@ -135,16 +137,51 @@ def test_a_plan_is_that_of_the_positions_it_was_made_for() -> None:
     assert len(op._kept) < number
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("tile", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("images", [0, 1, 2, 3, 5, 8, 11])
 @pytest.mark.parametrize("isa", native.isas())
-def test_every_number_of_samples_side_by_side(lanes: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_lanes", lambda *arguments: lanes)
-    values, positions = sparse((5, 6, 3, 2))
-    weight = torch.zeros(5 * 6 * 3 * 2).index_put_((positions,), values).view(5, 6, 3, 2)
+def test_whatever_lies_side_by_side(
+    isa: str, images: int, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(sizes: Sizes, num_live: int) -> Lanes:
+        return list(lanes_for(sizes))[images]
+
+    monkeypatch.setattr(plan, "choose_lanes", choose)
+
+    def cut(sizes: Sizes, packing: plan.Packing, *_: Any) -> tuple[tuple[int, int], int, int]:
+        return (tile, -(-sizes.out_width // tile[0]), 2) if images else ((2, 1), 0, 2)
+
+    monkeypatch.setattr(plan, "_tile", cut)
+    values, positions = sparse((10, 3, 3, 2))
+    weight = torch.zeros(10 * 3 * 3 * 2).index_put_((positions,), values).view(10, 3, 3, 2).double().requires_grad_()
+    bias, given = torch.randn(10), {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 1), "groups": 2}
     x = torch.randn(11, 6, 7, 18)
+    exact, mine = x.double().requires_grad_(), x.clone().requires_grad_()
+    expected = F.conv2d(exact, weight, bias.double(), **given).relu()
+    values.requires_grad_()
     with native.forced(isa):
-        result = sparse_conv2d(x, values, positions, weight.shape, stride=(1, 2), padding=1)
-    close(result, F.conv2d(x.double(), weight.double(), stride=(1, 2), padding=1))
+        result = sparse_conv2d(mine, values, positions, tuple(weight.shape), bias, **given, relu=True)
+        close(result, expected)
+        grad = torch.randn(result.shape)
+        result.backward(grad)
+    expected.backward(grad.double())
+    assert exact.grad is not None
+    assert weight.grad is not None
+    close(mine.grad, exact.grad)
+    close(values.grad, weight.grad.flatten()[positions])
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "expected"),
+    [
+        (16, 13, Lanes(16, 16, 1, 13)),  # as many images as lanes
+        (8, 28, Lanes(16, 4, 4, 7)),  # fewer, each in strips; neighbours' rows are few
+        (1, 3, Lanes(1, 1, 1, 3)),  # three strips would leave thirteen lanes over
+    ],
+)
+def test_lanes_are_images_or_strips_of_them(samples: int, size: int, expected: Lanes) -> None:
+    sizes = op.sizes_of((samples, 512, size, size), (512, 512, 3, 3), [1, 1], [1, 1], [1, 1], 1)
+    assert choose_lanes(sizes, 512 * 512 * 9 // 10) == expected
 
 
 def test_the_ops_keep_torchs_rules() -> None:

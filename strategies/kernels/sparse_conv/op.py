@@ -13,7 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from squall.kernels import native
 
 from . import native_path, torch_path
-from .plan import Plan, Sizes, make_plan
+from .plan import Plan, make_plan
+from .sizes import Sizes
 
 _MOST_PLANS = 8  # of one layer: sizes of images and batches that it is used with
 

@@ -11,56 +11,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from squall.kernels import native
 
-WIDTH = 16
-"""Numbers in a register, or in several of a lesser instruction set; as in kernel.c."""
+from .lanes import WIDTH, Lanes, choose_lanes
+from .sizes import Sizes
+
 _TILES = {"avx512": 14, "avx2": 6, "plain": 3}
 """Most registers of a tile: what the instruction set has, less what the weights need."""
 _L1_BYTES = 48 << 10  # what it holds, and no more for the rest: what is read again soonest is what stays
 _L2_BYTES = 256 << 10  # of sums: others need it, too
-_PENALTIES = {1: 1.7, 2: 1.7, 4: 1.6, 8: 1.3, 16: 1.0}
-"""By samples side by side: what loads cost that don't begin where a line of the cache does."""
-_MOVES = {1: 0.2, 16: 0.8}
-"""Likewise: what it costs to bring a number there, in products of a register; 2.5 for the others."""
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _plan_kernel = native.function("squall_sparse_conv_plan", _POINTER, *[_LONG] * 7, _POINTER, _LONG, *[_POINTER] * 4)
-
-
-class Sizes(NamedTuple):
-    """The sizes of a convolution.
-
-    Args:
-        samples: N.
-        channels: Of the input, all groups.
-        height: Of the input.
-        width: Of the input.
-        weight: Shape of the weight, (outputs, inputs of a group, kernel height, kernel width).
-        stride: Vertical and horizontal.
-        padding: Likewise; may be negative, which crops.
-        dilation: Likewise.
-        groups: Groups of channels.
-        out_height: Of the output.
-        out_width: Of the output.
-
-    """
-
-    samples: int
-    channels: int
-    height: int
-    width: int
-    weight: tuple[int, int, int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    out_height: int
-    out_width: int
 
 
 @dataclass(frozen=True)
@@ -68,10 +33,10 @@ class Packing:
     """How a tensor of images lies in memory while it is worked on; see kernel.c.
 
     Args:
-        lanes: Samples side by side.
+        lanes: What lies side by side.
         phases: Vertical and horizontal phase of each.
         first_y: First row of a phase; may lie above the image.
-        rows: Rows of a phase.
+        rows: Rows of a phase of a strip.
         columns: Columns of a phase that are taken from the image.
         pitch: Pixels from a row to the next.
         guard: Numbers before the first pixel.
@@ -80,7 +45,7 @@ class Packing:
 
     """
 
-    lanes: int
+    lanes: Lanes
     phases: tuple[tuple[int, int], ...]
     first_y: int
     rows: int
@@ -93,7 +58,7 @@ class Packing:
     @property
     def phase_size(self) -> int:
         """Numbers of a phase."""
-        return self.rows * self.pitch * self.lanes
+        return self.rows * self.pitch * self.lanes.num
 
     @cached_property
     def phase_table(self) -> Tensor:
@@ -111,8 +76,10 @@ class Plan:
         grad_packing: Of the output's gradient.
         block_size: Input channels of a block.
         num_blocks: Blocks of a group.
-        tile: Registers of a tile.
+        tile: Registers of a tile beside each other, and rows of them.
         row_tiles: Tiles of a row of the output, or 0 if they run on from row to row.
+        num_staged: Numbers of a block's output that are brought to where they belong when all of them are there; 0 if
+            each tile's are at once.
         order: Which of the positions each weight is, in the kernel's order; shape (live weights,).
         offsets: Where in a block's input each reads, int32.
         starts: Where the weights of each group, block and output begin.
@@ -124,8 +91,9 @@ class Plan:
     grad_packing: Packing
     block_size: int
     num_blocks: int
-    tile: int
+    tile: tuple[int, int]
     row_tiles: int
+    num_staged: int
     order: Tensor
     offsets: Tensor
     starts: Tensor
@@ -144,7 +112,7 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
 
     """
     _, num_inputs, kernel_height, kernel_width = sizes.weight
-    lanes = _lanes(sizes, len(positions))
+    lanes = choose_lanes(sizes, len(positions))
     rows = _shifts(kernel_height, sizes.dilation[0], sizes.padding[0], sizes.stride[0])
     columns = _shifts(kernel_width, sizes.dilation[1], sizes.padding[1], sizes.stride[1])
     packing = _pack(sizes, lanes, rows, columns)
@@ -155,7 +123,7 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
     phases = {phase: index for index, phase in enumerate(packing.phases)}
     taps = torch.tensor(
         [
-            phases[y[0], x[0]] * packing.phase_size + ((y[1] - packing.first_y) * packing.pitch + x[1]) * packing.lanes
+            phases[y[0], x[0]] * packing.phase_size + ((y[1] - packing.first_y) * packing.pitch + x[1]) * lanes.num
             for y in rows
             for x in columns
         ],
@@ -164,7 +132,8 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
     )
     order, offsets, starts = _order(positions, sizes, block_size, packing.channel_size, taps)
     return Plan(
-        sizes, packing, _pack_output(sizes, packing), block_size, num_blocks, tile, row_tiles, order, offsets, starts
+        sizes, packing, _pack_output(sizes, packing), block_size, num_blocks, tile, row_tiles,
+        _num_staged(sizes, packing, tile, row_tiles), order, offsets, starts,
     )  # fmt: skip
 
 
@@ -185,19 +154,13 @@ def _order(
     return order, offsets, starts
 
 
-def _lanes(sizes: Sizes, num_live: int) -> int:
-    """Choose how many samples lie side by side; the last block is filled up with nothing.
-
-    Side by side they are read in whole registers, but it costs to bring them there and back.
-    """
-    products = num_live * sizes.out_height * sizes.out_width / WIDTH
-    moved = sizes.channels * sizes.height * sizes.width + sizes.weight[0] * sizes.out_height * sizes.out_width
-
-    def cost(lanes: int) -> float:
-        whole = -(-sizes.samples // lanes) * lanes * products * _PENALTIES[lanes]
-        return whole + sizes.samples * moved * _MOVES.get(lanes, 2.5)
-
-    return min(_PENALTIES, key=cost)
+def _num_staged(sizes: Sizes, packing: Packing, tile: tuple[int, int], row_tiles: int) -> int:
+    lanes, (width, rows) = packing.lanes, tile
+    if lanes.num == 1:
+        return 0
+    numbers = ((lanes.height - 1) * packing.pitch + sizes.out_width) * lanes.num
+    tiles = -(-lanes.height // rows) * row_tiles or -(-numbers // (width * WIDTH))
+    return sizes.weight[0] * tiles * width * rows * WIDTH
 
 
 def _shifts(kernel: int, dilation: int, padding: int, stride: int) -> list[tuple[int, int]]:
@@ -206,26 +169,25 @@ def _shifts(kernel: int, dilation: int, padding: int, stride: int) -> list[tuple
     return [(place % stride, place // stride) for place in places]
 
 
-def _pack(sizes: Sizes, lanes: int, rows: list[tuple[int, int]], columns: list[tuple[int, int]]) -> Packing:
+def _pack(sizes: Sizes, lanes: Lanes, rows: list[tuple[int, int]], columns: list[tuple[int, int]]) -> Packing:
     top, bottom = min(shift for _, shift in rows), max(shift for _, shift in rows)
     left, right = min(shift for _, shift in columns), max(shift for _, shift in columns)
     held = min(-(-sizes.width // sizes.stride[1]), max(0, sizes.out_width + right))
     # What lies right of a row lies left of the next one.
     pitch = max(held + max(0, -left), sizes.out_width + max(0, right), sizes.out_width)
-    guard = _up(max(0, -left) * lanes)
+    guard = _up(max(0, -left) * lanes.num)
     phases = tuple(dict.fromkeys((y, x) for y, _ in rows for x, _ in columns))
-    num_rows = sizes.out_height + bottom - top
-    size = _up(guard + len(phases) * num_rows * pitch * lanes)
-    tail = (max(_TILES.values()) + 1) * WIDTH + max(0, right) * lanes + guard
+    num_rows = lanes.height + bottom - top
+    size = _up(guard + len(phases) * num_rows * pitch * lanes.num)
+    tail = (max(_TILES.values()) + 1) * WIDTH + max(0, right) * lanes.num + guard
     return Packing(lanes, phases, top, num_rows, held, pitch, guard, size, tail)
 
 
 def _pack_output(sizes: Sizes, packing: Packing) -> Packing:
-    size = _up(sizes.out_height * packing.pitch * packing.lanes)
+    lanes = packing.lanes
+    size = _up(lanes.height * packing.pitch * lanes.num)
     tail = (max(_TILES.values()) + 1) * WIDTH
-    return Packing(
-        packing.lanes, ((0, 0),), 0, sizes.out_height, sizes.out_width, packing.pitch, 0, size, tail
-    )  # fmt: skip
+    return Packing(lanes, ((0, 0),), 0, lanes.height, sizes.out_width, packing.pitch, 0, size, tail)
 
 
 def _up(numbers: int) -> int:
@@ -234,31 +196,43 @@ def _up(numbers: int) -> int:
 
 def _tile(
     sizes: Sizes, packing: Packing, rows: list[tuple[int, int]], columns: list[tuple[int, int]], density: float
-) -> tuple[int, int, int]:
+) -> tuple[tuple[int, int], int, int]:
     """Choose registers of a tile, tiles of a row and channels of a block, by what the inner loops cost."""
-    lanes, pitch, num_inputs = packing.lanes, packing.pitch, sizes.weight[1]
-    outputs = sizes.weight[0] // sizes.groups
+    lanes, pitch, num_inputs = packing.lanes.num, packing.pitch, sizes.weight[1]
+    outputs, height = sizes.weight[0] // sizes.groups, packing.lanes.height
     reach = (max(shift for _, shift in columns) - min(shift for _, shift in columns)) * lanes
     span = (max(shift for _, shift in rows) - min(shift for _, shift in rows)) * pitch * lanes
-    num_pieces = len(set(rows)) * len({phase for phase, _ in columns})
-    numbers = ((sizes.out_height - 1) * pitch + sizes.out_width) * lanes
+    num_phases = len({phase for phase, _ in columns})
+    numbers = ((height - 1) * pitch + sizes.out_width) * lanes
     weights = density * len(rows) * len(columns)
 
-    def choices() -> Iterator[tuple[float, int, int, int]]:
-        for tile in range(1, _TILES.get(native.isa(), 1) + 1):
-            footprint = 4 * min(
-                num_pieces * (tile * WIDTH + reach), len(packing.phases) * (tile * WIDTH + reach + span)
-            )
+    most = _TILES.get(native.isa(), 1)
+    shapes = [(width, 1) for width in range(1, most + 1)]
+    if lanes > 1 and most > 1:
+        shapes += [(most // 2, 2)]
+
+    def choices() -> Iterator[tuple[float, tuple[int, int], int, int]]:
+        for width, tile_rows in shapes:
+            tile = width * tile_rows
+            num_pieces = num_phases * len({(phase, shift + row) for phase, shift in rows for row in range(tile_rows)})
+            footprint = 4 * num_pieces * (width * WIDTH + reach)
+            if tile_rows == 1:  # pieces of a wide one overlap
+                footprint = min(footprint, 4 * len(packing.phases) * (width * WIDTH + reach + span))
             block = min(num_inputs, max(1, _L1_BYTES // footprint))
             block = -(-num_inputs // -(-num_inputs // max(1, block)))  # as many blocks, of equal sizes
-            row_tiles = -(-sizes.out_width * lanes // (tile * WIDTH))
+            row_tiles = -(-sizes.out_width * lanes // (width * WIDTH))
             far = 4 * outputs * tile * WIDTH > _L2_BYTES
             # The last number is the end of a loop that nobody foresees.
             per_block = block * weights * (tile + 3.0) + (2.4 if far else 2.0) * tile + 20
             per_tile = -(-num_inputs // block) * per_block
-            yield -(-numbers // (tile * WIDTH)) * per_tile, tile, 0, block
-            # Rows apart leave their gaps out; the last tile of one may be a narrow one.
-            width = -(-sizes.out_width * lanes // WIDTH) / tile
-            yield sizes.out_height * (0.3 * row_tiles + 0.7 * width) * per_tile, tile, row_tiles, block
+            if tile_rows == 1:
+                yield -(-numbers // (width * WIDTH)) * per_tile, (width, 1), 0, block
+            # Rows apart leave their gaps out, unless registers reach into the next row, whose pixels gradients would
+            # count twice; the last tiles may be narrower and lower.
+            if _up(sizes.out_width * lanes) > pitch * lanes and height > 1:
+                continue
+            num_beside = 0.3 * row_tiles + 0.7 * -(-sizes.out_width * lanes // WIDTH) / width
+            num_below = 0.3 * -(-height // tile_rows) + 0.7 * height / tile_rows
+            yield num_below * num_beside * per_tile, (width, tile_rows), row_tiles, block
 
     return min(choices())[1:]

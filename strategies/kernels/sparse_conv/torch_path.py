@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from .plan import Sizes
+from .sizes import Sizes
 
 
 def dense_weight(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
