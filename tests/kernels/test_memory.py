@@ -31,7 +31,7 @@ def test_memory_is_found_again(nothing_kept: list) -> None:
     place = first.data_ptr()
     assert not nothing_kept
     del first
-    assert [block.ctypes.data for block in nothing_kept] == [place]
+    assert [kept.array.ctypes.data for kept in nothing_kept] == [place]
     again = memory.result((2, LARGE // 2))
     assert (again.data_ptr(), again.shape, again.is_contiguous()) == (place, (2, LARGE // 2), True)
     assert memory.result((LARGE,)).data_ptr() != place, "it is in use"
@@ -64,7 +64,7 @@ def test_what_fits_best(nothing_kept: list) -> None:
     for times in (8, 2, 3):
         memory.result((times * LARGE,))
         blocks[times] = nothing_kept.pop()
-    places = {times: block.ctypes.data for times, block in blocks.items()}
+    places = {times: block.array.ctypes.data for times, block in blocks.items()}
     nothing_kept.extend(blocks.values())
     assert memory.result((2 * LARGE,)).data_ptr() == places[2]
     assert memory.result((2 * LARGE + 1,)).data_ptr() == places[3]
@@ -73,16 +73,44 @@ def test_what_fits_best(nothing_kept: list) -> None:
 
 
 def test_so_much_is_kept_and_no_more(nothing_kept: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_MOST_KEPT", 2 * memory.LEAST_BYTES)
-    results = [memory.result((LARGE,)) for _ in range(3)]
-    last = results[-1].data_ptr()
+    monkeypatch.setattr(memory, "_MOST_KEPT", 8 * memory.LEAST_BYTES)
+    monkeypatch.setattr(memory, "_LONG_AGO", 10)
+    results = [memory.result((times * LARGE,)) for times in (2, 1, 6)]
     while results:
         results.pop(0)
-    assert len(nothing_kept) == 2
-    assert nothing_kept[-1].ctypes.data == last, "the one that was kept longest goes first"
-    del results
-    memory.result((3 * LARGE,))
-    assert all(block.nbytes <= 2 * memory.LEAST_BYTES for block in nothing_kept)
+    assert sizes(nothing_kept) == [2, 6], "the smallest one goes first"
+    memory.result((9 * LARGE,))
+    assert sizes(nothing_kept) == [2, 6], "one that is too large takes nothing's place"
+
+
+def test_what_has_not_been_needed_for_long_is_not_kept(nothing_kept: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_MOST_KEPT", 8 * memory.LEAST_BYTES)
+    monkeypatch.setattr(memory, "_LONG_AGO", 10)
+    for times in (2, 6):
+        memory.result((times * LARGE,))
+    for _ in range(12):
+        memory.result((LARGE,))  # in the smaller block; the other one is too large
+    both = [memory.result((LARGE,)) for _ in range(2)]
+    both.clear()
+    assert sorted(sizes(nothing_kept)) == [1, 2]
+
+
+def sizes(kept: list) -> list[int]:
+    return [block.array.nbytes // memory.LEAST_BYTES for block in kept]
+
+
+def test_a_network_finds_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_MOST_KEPT", 18 * memory.LEAST_BYTES)
+    of_another = [memory.result((5 * LARGE,)) for _ in range(2)]
+    del of_another
+    made: list[int] = []
+    monkeypatch.setattr(memory, "in_large_pages", lambda tensor: made.append(tensor.nbytes) or tensor)
+    for _ in range(3):
+        before, result = len(made), None
+        for times in (7, 7, 2, 4, 4):  # layers' results, each until the next one is there
+            result = memory.result((times * LARGE,))
+        del result
+    assert len(made) == before
 
 
 def test_small_results_are_not_kept(nothing_kept: list) -> None:
@@ -163,7 +191,7 @@ def test_a_block_that_comes_back_meanwhile(nothing_kept: list, monkeypatch: pyte
     places = [first.data_ptr(), *(part.data_ptr() for part in cycle[:2])]
     del first, cycle
     memory.result((LARGE,))
-    assert sorted(places) == sorted(block.ctypes.data for block in nothing_kept)
+    assert sorted(places) == sorted(kept.array.ctypes.data for kept in nothing_kept)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")

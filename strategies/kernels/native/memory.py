@@ -8,12 +8,13 @@ for the next result. All of it is the CPU's, whatever the default device.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +23,26 @@ LEAST_BYTES = 4 << 20
 """Smaller results are Torch's business: memory for them is found again as it is."""
 _MOST_KEPT = 256 << 20
 _MOST_TIMES = 4  # as large as what is asked for
+_LONG_AGO = 256  # results: what hasn't been asked for since isn't part of what is being run
 _PAGE = mmap.PAGESIZE
+
+
+class _Kept(NamedTuple):
+    """Memory that nobody uses.
+
+    Args:
+        array: What it is.
+        since: How many had come back before.
+
+    """
+
+    array: Any
+    since: int
+
+
 _lock = threading.RLock()  # blocks come back whenever a tensor is gone, in here as well
-_kept: list[Any] = []  # arrays that nobody uses, the longest kept one first
+_kept: list[_Kept] = []  # the longest kept one first
+_count = itertools.count()  # of what has come back
 _own = threading.local()
 
 
@@ -97,19 +115,34 @@ def let_freed_blocks_stay() -> None:
 def _take(num_bytes: int) -> Any:
     """Find the smallest block that is large enough, and not much too large; None if there is none."""
     with _lock:
-        fitting = [block for block in _kept if num_bytes <= block.nbytes <= _MOST_TIMES * num_bytes]
+        fitting = [kept for kept in _kept if num_bytes <= kept.array.nbytes <= _MOST_TIMES * num_bytes]
         if not fitting:
             return None
-        best = min(fitting, key=lambda block: block.nbytes)
-        _kept[:] = [block for block in _kept if block is not best]  # arrays can't be compared
-        return best
+        best = min(fitting, key=lambda kept: kept.array.nbytes)
+        _forget(best)
+        return best.array
 
 
-def _give_back(block: Any) -> None:
+def _give_back(array: Any) -> None:
+    """Keep a block. If that is too much, what nobody has needed for long goes, or else what is least work to have anew.
+
+    The longest kept one would be the wrong choice: a network that needs a little more than is kept would find nothing.
+    """
+    if array.nbytes > _MOST_KEPT:
+        return
     with _lock:
-        _kept.append(block)
-        while sum(kept.nbytes for kept in _kept) > _MOST_KEPT:
-            _kept.pop(0)
+        now = next(_count)
+        _kept.append(_Kept(array, now))
+        while True:
+            blocks = list(_kept)
+            if sum(kept.array.nbytes for kept in blocks) <= _MOST_KEPT:
+                break
+            is_old = now - blocks[0].since > _LONG_AGO
+            _forget(blocks[0] if is_old else min(blocks, key=lambda kept: kept.array.nbytes))
+
+
+def _forget(gone: _Kept) -> None:
+    _kept[:] = [kept for kept in _kept if kept is not gone]  # arrays can't be compared
 
 
 def _find_advise() -> Any:
