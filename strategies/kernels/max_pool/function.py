@@ -76,7 +76,7 @@ def _max_pool2d(
         return _torch(x, kernel_size, stride, padding, dilation, ceil_mode)
     y = memory.result(_shape(x, kernel_size, stride, padding, dilation, ceil_mode))
     height, width = x.shape[-2:]
-    num_scratch = padding[1] + max(width, (y.shape[-1] - 1) * stride[1] + dilation[1] * (kernel_size[1] - 1) + 1) + 16
+    num_scratch = padding[1] + max(width, (y.shape[-1] - 1) * stride[1] + dilation[1] * (kernel_size[1] - 1) + 1) + 48
     num_threads = torch.get_num_threads()
     scratch = memory.workspace(num_threads * num_scratch, "row")
     _kernel(

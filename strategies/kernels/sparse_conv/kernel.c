@@ -13,13 +13,12 @@
  * Input channels come in blocks that stay in the nearest cache while all outputs go over them; a tile's sums stay in the
  * next one meanwhile.
  */
-#include <string.h>
-
 #include "../native/native.h"
+#include "../native/numbers.h"
 
-typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
+typedef squall_numbers vector;
 
-enum { WIDTH = 16, MOST = 14 };
+enum { WIDTH = SQUALL_WIDTH, MOST = 14 };
 
 /* What a lane is: an image of the block, and its strip's first row; in rows of a phase for what is read. */
 struct lane {
@@ -78,21 +77,6 @@ static int64_t at_most(int64_t most, int64_t number)
 static void fill_zero(float *begin, float *end)
 {
     memset(begin, 0, (size_t)(end - begin) * sizeof(float));
-}
-
-/* Copy fewer numbers than a register has; too few for a call of memcpy. */
-SQUALL_INLINE void copy_few(float *to, const float *from, int64_t num)
-{
-    enum { HALF = WIDTH / 2, QUARTER = WIDTH / 4 };
-    if (num >= HALF) { /* twice, what overlaps */
-        memcpy(to, from, HALF * sizeof(float));
-        memcpy(to + num - HALF, from + num - HALF, HALF * sizeof(float));
-    } else if (num >= QUARTER) {
-        memcpy(to, from, QUARTER * sizeof(float));
-        memcpy(to + num - QUARTER, from + num - QUARTER, QUARTER * sizeof(float));
-    } else
-        for (int64_t i = 0; i < num; i++)
-            to[i] = from[i];
 }
 
 struct tile {

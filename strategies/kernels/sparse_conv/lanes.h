@@ -28,7 +28,7 @@ ISA_TARGET static void FN(join)(const struct FN(lines) *lines, int is_far, int64
             if (lines->mask[lane] && end - from >= WIDTH)
                 rows[lane] = *(const vector *)from;
             else if (lines->mask[lane])
-                copy_few((float *)&rows[lane], from, num);
+                squall_copy_few((float *)&rows[lane], from, num);
         }
     FN(transpose)(rows);
     if (num == WIDTH)
@@ -118,6 +118,6 @@ ISA_TARGET static void FN(unstage)(void *context, int64_t index, int thread)
                 *(vector *)(strips[lane] + i) = rows[lane];
                 __builtin_prefetch(strips[lane] + i + c->image_height * c->width, 1, 2); /* the next channel's */
             } else if (i < present[lane])
-                copy_few(strips[lane] + i, (const float *)&rows[lane], present[lane] - i);
+                squall_copy_few(strips[lane] + i, (const float *)&rows[lane], present[lane] - i);
     }
 }
