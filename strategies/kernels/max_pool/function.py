@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ def _max_pool2d(
 ) -> Tensor:
     if not native.serves(x, dtypes=native.SINGLE) or not x.is_contiguous() or not x.numel():
         return _torch(x, kernel_size, stride, padding, dilation, ceil_mode)
-    y = memory.result(_shape(x, kernel_size, stride, padding, dilation, ceil_mode))
+    y = memory.result(_shape(x.shape, *map(tuple, (kernel_size, stride, padding, dilation)), ceil_mode))
     height, width = x.shape[-2:]
     num_scratch = padding[1] + max(width, (y.shape[-1] - 1) * stride[1] + dilation[1] * (kernel_size[1] - 1) + 1) + 48
     num_threads = torch.get_num_threads()
@@ -86,9 +87,10 @@ def _max_pool2d(
     return y
 
 
-def _shape(x: Tensor, *arguments: Any) -> torch.Size:
+@functools.lru_cache(maxsize=256)
+def _shape(shape: torch.Size, *arguments: Any) -> torch.Size:
     """Torch's own word on the output's shape, and on arguments that don't fit."""
-    return _torch(torch.empty(x.shape, device="meta"), *arguments).shape
+    return _torch(torch.empty(shape, device="meta"), *arguments).shape
 
 
 def _torch(x: Tensor, *arguments: Any) -> Tensor:

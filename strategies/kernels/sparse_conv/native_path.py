@@ -89,8 +89,8 @@ def convolve(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, relu: b
 def _parts(images: Tensor, plan: Plan) -> tuple[Tensor, ...]:
     """Cut a batch into parts of which what is packed or staged stays in the cache until it is read."""
     num_packed = plan.sizes.channels * plan.packing.channel_size
-    num_blocks = max(1, _PART // max(num_packed, plan.num_staged))
-    parts: tuple[Tensor, ...] = images.split(min(len(images), num_blocks * plan.packing.lanes.images))
+    num_images = max(1, _PART // max(num_packed, plan.num_staged)) * plan.packing.lanes.images
+    parts: tuple[Tensor, ...] = images.split(num_images) if plan.sizes.samples > num_images else (images,)
     return parts
 
 
