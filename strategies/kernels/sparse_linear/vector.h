@@ -73,16 +73,16 @@ VBMI_TARGET SQUALL_INLINE void look_up_wide(__m512i index, const __m512i *t, con
     join(p[0], p[1], p[2], p[3], out);
 }
 
-/* Ask for the steps a little further on: slices are too short for the processor to foresee them. */
+/* Ask for steps further on, by far for codes, which are soon read: slices are too short for the processor to foresee. */
 VBMI_TARGET SQUALL_INLINE void prefetch(const struct linear *w, int64_t slot, const int codes)
 {
-    enum { AHEAD = 32 * SLICE };
-    __builtin_prefetch(w->columns + slot + AHEAD);
+    const int64_t ahead = slot + (codes ? 256 : 32) * SLICE;
+    __builtin_prefetch(w->columns + ahead);
     if (codes)
-        __builtin_prefetch(w->codes + slot + AHEAD);
+        __builtin_prefetch(w->codes + ahead);
     else
         SQUALL_UNROLL for (int i = 0; i < SLICE; i += 16)
-            __builtin_prefetch((const float *)w->values + slot + AHEAD + i);
+            __builtin_prefetch((const float *)w->values + ahead + i);
 }
 
 /* Codes: 0 none, but values; else the size of the codebook that registers have room for: 32, 128 or 256. */
