@@ -1,7 +1,7 @@
 """Jobs that are killed, stopped and interrupted: a user's script, its ranks as real processes, and what they leave.
 
 Ranks are started as an external launcher starts them. To save each of them seconds of imports, they are forked from
-one process that has done the importing and nothing else; ``own_launcher`` runs ``python script.py`` instead.
+one process that has done the importing and nothing else; :meth:`Job.launch` runs ``python script.py`` instead.
 """
 
 from __future__ import annotations
@@ -133,6 +133,9 @@ if __name__ == "__main__":
 '''
 
 
+PATIENCE = 150.0  # seconds: ranks that a launcher starts import for a minute each where much else is tested beside them
+
+
 class Nursery:
     """The process that ranks are forked from."""
 
@@ -209,7 +212,7 @@ def _become(request: dict[str, Any]) -> None:
         sys.exit(1)
 
 
-def poll(condition: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
+def poll(condition: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
     """Wait for something that other processes bring about."""
     deadline = time.monotonic() + timeout
     while True:
@@ -285,7 +288,7 @@ class Job:
     def output(self) -> str:
         return (self.folder / "output.txt").read_text()
 
-    def words(self, name: str, timeout: float = 60.0) -> list[str]:
+    def words(self, name: str, timeout: float = PATIENCE) -> list[str]:
         """What a rank says in a file of this name, as soon as it does."""
         path = self.folder / name
         poll(lambda: path.exists() or self._all_ended(), f"{name}\n{self._log()}", timeout)
@@ -323,7 +326,7 @@ class Job:
 
     # ------------------------------------------------------------------ at its end
 
-    def wait(self, timeout: float = 60.0) -> list[int]:
+    def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Wait until it has ended by itself, and find nothing left; returns exit codes, by rank."""
         poll(self._all_ended, f"the end of {sorted(self.pids)}\n{self._log() if self.folder else ''}", timeout)
         poll(lambda: not self.processes(), "the end of the processes beside the ranks", 10)
