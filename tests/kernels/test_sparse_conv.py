@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squall.kernels import native, sparse_conv2d
-from squall.kernels.sparse_conv import op, plan
+from squall.kernels.sparse_conv import native_path, op, plan
 from squall.kernels.sparse_conv.lanes import Lanes, choose_lanes, lanes_for
 from squall.kernels.sparse_conv.sizes import Sizes
 
@@ -87,8 +87,10 @@ def sparse(shape: tuple[int, ...], density: float = 0.3) -> tuple[Tensor, Tensor
     return weight.flatten()[positions], positions
 
 
+@pytest.mark.parametrize("images", [0, 4])
 @pytest.mark.parametrize("num_threads", [2, 5])
-def test_threads_change_nothing(num_threads: int) -> None:
+def test_threads_change_nothing(num_threads: int, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "choose_lanes", lambda sizes, num_live: list(lanes_for(sizes))[images])
     values, positions = sparse((12, 7, 3, 3))
     x = torch.randn(19, 7, 9, 9)
     before, results = torch.get_num_threads(), []
@@ -137,24 +139,26 @@ def test_a_plan_is_that_of_the_positions_it_was_made_for() -> None:
     assert len(op._kept) < number
 
 
-@pytest.mark.parametrize("tile", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("tile", [(2, 1), (1, 2), None], ids=["wide", "high", "running on"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("images", [0, 1, 2, 3, 5, 8, 11])
 @pytest.mark.parametrize("isa", native.isas())
 def test_whatever_lies_side_by_side(
-    isa: str, images: int, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    isa: str, images: int, stride: tuple[int, int], tile: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def cut(sizes: Sizes, packing: plan.Packing, *_: Any) -> tuple[tuple[int, int], int, int]:
+        of_row = tile if packing.lanes.num > 1 else None  # else it may be part of the next row
+        return (of_row, -(-sizes.out_width // of_row[0]), 2) if of_row else ((3, 1), 0, 2)
+
     def choose(sizes: Sizes, num_live: int) -> Lanes:
         return list(lanes_for(sizes))[images]
 
     monkeypatch.setattr(plan, "choose_lanes", choose)
-
-    def cut(sizes: Sizes, packing: plan.Packing, *_: Any) -> tuple[tuple[int, int], int, int]:
-        return (tile, -(-sizes.out_width // tile[0]), 2) if images else ((2, 1), 0, 2)
-
     monkeypatch.setattr(plan, "_tile", cut)
+    monkeypatch.setattr(native_path, "_PART", 1)  # a block at a time, whose memory is used again
     values, positions = sparse((10, 3, 3, 2))
     weight = torch.zeros(10 * 3 * 3 * 2).index_put_((positions,), values).view(10, 3, 3, 2).double().requires_grad_()
-    bias, given = torch.randn(10), {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 1), "groups": 2}
+    bias, given = torch.randn(10), {"stride": stride, "padding": (2, 1), "dilation": (2, 1), "groups": 2}
     x = torch.randn(11, 6, 7, 18)
     exact, mine = x.double().requires_grad_(), x.clone().requires_grad_()
     expected = F.conv2d(exact, weight, bias.double(), **given).relu()
@@ -175,7 +179,7 @@ def test_whatever_lies_side_by_side(
     ("samples", "size", "expected"),
     [
         (16, 13, Lanes(16, 16, 1, 13)),  # as many images as lanes
-        (8, 28, Lanes(16, 4, 4, 7)),  # fewer, each in strips; neighbours' rows are few
+        (8, 28, Lanes(16, 4, 4, 7)),  # half of them, each in strips: they stay nearer
         (1, 3, Lanes(1, 1, 1, 3)),  # three strips would leave thirteen lanes over
     ],
 )

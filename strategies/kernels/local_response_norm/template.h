@@ -59,8 +59,10 @@ ISA_TARGET static void F(first)(void *context, int64_t index, int thread)
         int64_t high = c + norm->above < channels ? c + norm->above : channels - 1;
         const REAL *restrict here = x + c * stride;
         /* Channels lie too far apart for the processor to foresee the next one. */
-        for (int64_t i = 0; i < num; i += 64 / (int64_t)sizeof(REAL)) {
+        for (int64_t i = 0; i < num && c + 1 < channels; i += 64 / (int64_t)sizeof(REAL)) {
             __builtin_prefetch(x + (high + 1) * stride + i);
+            if (grad)
+                __builtin_prefetch(grad + (c + 1) * stride + i);
             __builtin_prefetch(y + (c + 1) * stride + i, 1);
         }
         F(window)(x, stride, low, high, num, alpha, k, norm->relu, total);

@@ -80,8 +80,9 @@ ISA_TARGET static void FN(weight_grad)(void *context, int64_t index, int thread)
     for (int64_t block = 0; block < num_blocks; block++)
         for (int64_t number = 0; number < c->tiles; number++) {
             struct tile tile = tile_at(c, number);
-            const float *in = c->packed + (block * c->groups + group) * c->inputs * c->channel_size + c->guard + tile.begin;
-            const float *grad = c->grad + (block * c->groups + group) * c->outputs * c->grad_channel_size + tile.begin;
+            int64_t first = block * c->groups + group;
+            const float *in = c->packed + first * c->inputs * c->channel_size + c->guard + tile.begin;
+            const float *grad = c->grad + first * c->outputs * c->grad_channel_size + tile.begin;
             for (int64_t part = 0; part < c->blocks; part++)
                 FN(gather_tile)(tile, c, (group * c->blocks + part) * c->outputs,
                                 in + part * c->block_size * c->channel_size, grad, low, high);

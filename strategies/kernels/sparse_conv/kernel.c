@@ -2,16 +2,16 @@
  *
  * Inputs are packed first, so that what a weight reads for consecutive output pixels is consecutive: a channel is a row
  * of numbers, rows of the image `pitch` pixels apart with zeros between them (one gap serves both neighbours), strides
- * taken apart into phases. An output pixel has the same place in its row, so a tile of TILE x 16 numbers of the output is
- * TILE registers, and the weight's offset says where its inputs begin. Pixels in the gaps are computed too, and thrown
- * away.
+ * taken apart into phases. An output pixel has the same place in its row, so a tile of TILE x 16 numbers of the output
+ * is TILE registers, and the weight's offset says where its inputs begin. Pixels in the gaps are computed too, and
+ * thrown away.
  *
- * A register is 16 neighbours in a row, or one pixel of 16 lanes beside each other: lanes are images, each cut into strips
- * of as many rows if there are fewer images than lanes. Strips bring their neighbours' rows along as far as kernels reach,
- * so to all that follows they are images. Then whatever a weight reads begins where a register does.
+ * A register is 16 neighbours in a row, or one pixel of 16 lanes beside each other: lanes are the images of a block,
+ * each cut into strips of as many rows if these are fewer than lanes. Strips bring their neighbours' rows along as far
+ * as kernels reach, so to all that follows they are images. Then whatever a weight reads begins where a register does.
  *
- * Input channels come in blocks that stay in the nearest cache while all outputs go over them; a tile's sums stay in the
- * next one meanwhile.
+ * Input channels come in blocks that stay in the nearest cache while all outputs go over them; a tile's sums stay in
+ * the next one meanwhile.
  */
 #include "../native/native.h"
 #include "../native/numbers.h"
@@ -137,28 +137,30 @@ SQUALL_EXPORT void squall_sparse_conv_pack(const float *x, float *packed, int64_
                                            int num_threads)
 {
     struct pack pack = {.x = x, .packed = packed, .channels = channels, .height = height, .width = width,
-                        .samples = samples, .lanes = lanes, .images = images, .stride_y = stride_y, .stride_x = stride_x,
-                        .num_phases = num_phases, .phases = phases, .first_y = first_y, .rows = rows,
-                        .columns = columns, .pitch = pitch, .guard = guard, .phase_size = rows * pitch * lanes,
-                        .channel_size = channel_size};
+                        .samples = samples, .lanes = lanes, .images = images, .stride_y = stride_y,
+                        .stride_x = stride_x, .num_phases = num_phases, .phases = phases, .first_y = first_y,
+                        .rows = rows, .columns = columns, .pitch = pitch, .guard = guard,
+                        .phase_size = rows * pitch * lanes, .channel_size = channel_size};
     find_lanes(pack.lane, strips, strip_height);
     squall_parallel(SQUALL_PICK(pack), &pack, (samples + images - 1) / images * channels, num_threads);
 }
 
 SQUALL_EXPORT void squall_sparse_conv(const float *packed, const float *values, const int32_t *offsets,
                                       const int64_t *starts, const float *bias, float *y, float *scratch, float *staged,
-                                      int32_t *places,                                      int64_t num_scratch, int64_t samples, int64_t lanes, int64_t images,
-                                      int64_t strips, int64_t groups, int64_t inputs, int64_t outputs, int64_t blocks,
-                                      int64_t block_size, int64_t image_height, int64_t height, int64_t width,
-                                      int64_t pitch, int64_t tile_width, int64_t tile_rows, int64_t row_tiles, int64_t guard,
-                                      int64_t channel_size, int relu, int num_threads)
+                                      int32_t *places, int64_t num_scratch, int64_t samples, int64_t lanes,
+                                      int64_t images, int64_t strips, int64_t groups, int64_t inputs, int64_t outputs,
+                                      int64_t blocks, int64_t block_size, int64_t image_height, int64_t height,
+                                      int64_t width, int64_t pitch, int64_t tile_width, int64_t tile_rows,
+                                      int64_t row_tiles, int64_t guard, int64_t channel_size, int relu,
+                                      int num_threads)
 {
-    struct conv conv = {.packed = packed, .values = values, .offsets = offsets, .starts = starts, .bias = bias, .y = y,
-                        .scratch = scratch, .staged = staged, .places = places, .samples = samples, .lanes = lanes, .images = images,
-                        .groups = groups, .inputs = inputs, .outputs = outputs, .blocks = blocks,
-                        .block_size = block_size, .image_height = image_height, .height = height, .width = width,
-                        .pitch = pitch, .tile_width = tile_width, .tile_rows = tile_rows, .row_tiles = row_tiles, .guard = guard,
-                        .channel_size = channel_size, .num_scratch = num_scratch, .relu = relu};
+    struct conv conv = {.packed = packed, .values = values, .offsets = offsets, .starts = starts, .bias = bias,
+                        .y = y, .scratch = scratch, .staged = staged, .places = places, .samples = samples,
+                        .lanes = lanes, .images = images, .groups = groups, .inputs = inputs, .outputs = outputs,
+                        .blocks = blocks, .block_size = block_size, .image_height = image_height, .height = height,
+                        .width = width, .pitch = pitch, .tile_width = tile_width, .tile_rows = tile_rows,
+                        .row_tiles = row_tiles, .guard = guard, .channel_size = channel_size,
+                        .num_scratch = num_scratch, .relu = relu};
     count_tiles(&conv);
     find_lanes(conv.lane, strips, height);
     /* A few tiles are one image of few pixels: then threads share its outputs, too. */
@@ -175,18 +177,19 @@ SQUALL_EXPORT void squall_sparse_conv(const float *packed, const float *values, 
 
 /* The weights' gradients, one number a live weight; `grad` is packed like the output, with zeros in the gaps. */
 SQUALL_EXPORT void squall_sparse_conv_weight_grad(const float *packed, const float *grad, const int32_t *offsets,
-                                                  const int64_t *starts, float *result, int64_t samples, int64_t lanes,
-                                                  int64_t images, int64_t groups, int64_t inputs, int64_t outputs,
-                                                  int64_t blocks, int64_t block_size, int64_t height, int64_t width,
-                                                  int64_t pitch, int64_t tile_width, int64_t tile_rows, int64_t row_tiles, int64_t guard,
-                                                  int64_t channel_size, int64_t grad_channel_size, int64_t slices,
-                                                  int num_threads)
+                                                  const int64_t *starts, float *result, int64_t samples,
+                                                  int64_t lanes, int64_t images, int64_t groups, int64_t inputs,
+                                                  int64_t outputs, int64_t blocks, int64_t block_size, int64_t height,
+                                                  int64_t width, int64_t pitch, int64_t tile_width, int64_t tile_rows,
+                                                  int64_t row_tiles, int64_t guard, int64_t channel_size,
+                                                  int64_t grad_channel_size, int64_t slices, int num_threads)
 {
     struct conv conv = {.packed = packed, .grad = grad, .offsets = offsets, .starts = starts, .result = result,
                         .samples = samples, .lanes = lanes, .images = images, .groups = groups, .inputs = inputs,
                         .outputs = outputs, .blocks = blocks, .block_size = block_size, .height = height,
-                        .width = width, .pitch = pitch, .tile_width = tile_width, .tile_rows = tile_rows, .row_tiles = row_tiles, .guard = guard,
-                        .channel_size = channel_size, .grad_channel_size = grad_channel_size, .slices = slices};
+                        .width = width, .pitch = pitch, .tile_width = tile_width, .tile_rows = tile_rows,
+                        .row_tiles = row_tiles, .guard = guard, .channel_size = channel_size,
+                        .grad_channel_size = grad_channel_size, .slices = slices};
     count_tiles(&conv);
     squall_parallel(SQUALL_PICK(weight_grad), &conv, groups * slices, num_threads);
 }

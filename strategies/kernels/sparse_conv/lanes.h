@@ -1,4 +1,4 @@
-/* One instruction set of how lanes come to lie side by side, and apart again. No include guard: template.h includes it. */
+/* One instruction set of how lanes come side by side, and apart again. No include guard: template.h includes it. */
 
 #include "../native/transpose.h"
 
@@ -8,8 +8,8 @@ struct FN(lines) {
     int64_t mask[WIDTH]; /* of distances: all ones, or none */
 };
 
-/* Bring 16 lanes side by side: of `num` pixels, no more than 16, `distance` behind where their rows begin. What is `next`
- * numbers further will be read soon. Memory ends at `end`, and `is_far` says that it is far from here. */
+/* Bring 16 lanes side by side: of `num` pixels, no more than 16, `distance` behind where their rows begin. What is
+ * `next` numbers further will be read soon. Memory ends at `end`, and `is_far` says that it is far from here. */
 ISA_TARGET static void FN(join)(const struct FN(lines) *lines, int is_far, int64_t distance, int64_t num,
                                 const float *end, int64_t next, float *to)
 {
@@ -48,11 +48,12 @@ ISA_TARGET static void FN(pack)(void *context, int64_t index, int thread)
     static const float zeros[WIDTH];
     const float *end = p->x + p->samples * p->channels * p->height * p->width;
     struct FN(lines) lines;
-    int64_t first[WIDTH], low[WIDTH], high[WIDTH]; /* rows of a lane that lie in its image, and where row 0 would begin */
+    int64_t first[WIDTH];           /* where a lane's row 0 would begin */
+    int64_t low[WIDTH], high[WIDTH]; /* its rows that lie in the image */
     float *out = p->packed + index * p->channel_size;
     (void)thread;
     float *to = out + p->guard, *last = to + p->num_phases * p->phase_size;
-    fill_zero(out, lanes == 1 ? to : last); /* all of many lanes at once brings the memory to where rows are put together */
+    fill_zero(out, lanes == 1 ? to : last); /* many lanes are put together faster where memory has been written to */
     fill_zero(last, out + p->channel_size);
     for (int64_t phase = 0; phase < p->num_phases; phase++) {
         int64_t phase_y = p->phases[2 * phase], phase_x = p->phases[2 * phase + 1];
@@ -61,7 +62,8 @@ ISA_TARGET static void FN(pack)(void *context, int64_t index, int thread)
             columns = p->columns;
         for (int64_t lane = 0; lane < lanes; lane++) {
             int64_t sample = block * p->images + p->lane[lane].image, top = p->first_y + p->lane[lane].top;
-            first[lane] = ((sample * p->channels + channel) * p->height + top * p->stride_y + phase_y) * p->width + phase_x;
+            int64_t y = top * p->stride_y + phase_y;
+            first[lane] = ((sample * p->channels + channel) * p->height + y) * p->width + phase_x;
             low[lane] = -top;
             high[lane] = (p->height - phase_y + p->stride_y - 1) / p->stride_y - top;
             if (p->lane[lane].image >= p->images || sample >= p->samples)

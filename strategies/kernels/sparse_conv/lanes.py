@@ -34,8 +34,8 @@ class Lanes(NamedTuple):
 def choose_lanes(sizes: Sizes, num_live: int) -> Lanes:
     """Choose what lies side by side.
 
-    Lanes of several strips are read in whole registers, but strips bring rows of their neighbours along, may not be
-    equally high, or too few.
+    Lanes are read in whole registers. Blocks of few images, in strips, stay nearer while they are worked on; but strips
+    bring rows of their neighbours along, may not be equally high, or too few.
 
     Args:
         sizes: Of the convolution.

@@ -24,6 +24,7 @@ _TILES = {"avx512": 14, "avx2": 6, "plain": 3}
 """Most registers of a tile: what the instruction set has, less what the weights need."""
 _L1_BYTES = 48 << 10  # what it holds, and no more for the rest: what is read again soonest is what stays
 _L2_BYTES = 256 << 10  # of sums: others need it, too
+_MOST = 2**31 - 1  # numbers that an offset reaches
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
 _plan_kernel = native.function("squall_sparse_conv_plan", _POINTER, *[_LONG] * 7, _POINTER, _LONG, *[_POINTER] * 4)
 
@@ -218,7 +219,7 @@ def _tile(
             footprint = 4 * num_pieces * (width * WIDTH + reach)
             if tile_rows == 1:  # pieces of a wide one overlap
                 footprint = min(footprint, 4 * len(packing.phases) * (width * WIDTH + reach + span))
-            block = min(num_inputs, max(1, _L1_BYTES // footprint))
+            block = min(num_inputs, max(1, min(_L1_BYTES // footprint, _MOST // packing.channel_size)))
             block = -(-num_inputs // -(-num_inputs // max(1, block)))  # as many blocks, of equal sizes
             row_tiles = -(-sizes.out_width * lanes // (width * WIDTH))
             far = 4 * outputs * tile * WIDTH > _L2_BYTES
