@@ -3,9 +3,8 @@
 /* What isn't a number wins, as in Torch. */
 ISA_TARGET SQUALL_INLINE vector FN(larger)(vector a, vector b)
 {
-    typedef int32_t masks __attribute__((vector_size(64)));
-    masks is_b = (masks)(b > a) | (masks)(b != b);
-    return (vector)(((masks)b & is_b) | ((masks)a & ~is_b));
+    squall_masks is_b = (squall_masks)(b > a) | (squall_masks)(b != b);
+    return (vector)(((squall_masks)b & is_b) | ((squall_masks)a & ~is_b));
 }
 
 /* Every second number of 32. */

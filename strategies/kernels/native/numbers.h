@@ -2,10 +2,12 @@
 #ifndef SQUALL_WIDTH
 #define SQUALL_WIDTH 16
 
-#include <stdint.h>
 #include <string.h>
 
+#include "native.h"
+
 typedef float squall_numbers __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t squall_masks __attribute__((vector_size(64))); /* what comparing them gives */
 #if defined(__clang__) || __GNUC__ >= 12
 #define SQUALL_HAS_SHUFFLE 1
 #define SQUALL_LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
@@ -21,7 +23,7 @@ typedef float squall_numbers __attribute__((vector_size(64), aligned(4), may_ali
 #endif
 
 /* Copy fewer numbers than that; too few for a call of memcpy. */
-static inline __attribute__((always_inline)) void squall_copy_few(float *to, const float *from, int64_t num)
+SQUALL_INLINE void squall_copy_few(float *to, const float *from, int64_t num)
 {
     enum { HALF = SQUALL_WIDTH / 2, QUARTER = SQUALL_WIDTH / 4 };
     if (num >= HALF) { /* twice, what overlaps */

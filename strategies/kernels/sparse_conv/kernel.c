@@ -117,6 +117,44 @@ static int64_t num_blocks_of(const struct conv *c)
     return (c->samples + c->images - 1) / c->images;
 }
 
+/* A run of output pixels of a tile that are neighbours in a row of the image. */
+struct run {
+    int64_t from, to, num; /* numbers of the tile, pixels of the strip, pixels */
+};
+
+/* Where a tile's numbers belong; returns how many runs there are. */
+static int runs_of(const struct conv *c, struct tile tile, struct run *runs)
+{
+    int count = 0;
+    for (int row = 0; row < tile.rows; row++) {
+        int64_t begin = tile.begin + row * c->row_distance, num = tile.width * WIDTH;
+        int64_t place = begin / c->lanes, end = (begin + num) / c->lanes; /* in pixels, gaps included */
+        for (int64_t y = place / c->pitch; y < c->height && place < end; y++, place = y * c->pitch) {
+            int64_t last = y * c->pitch + c->width;
+            if (last > end)
+                last = end;
+            if (place < last) {
+                struct run run = {place * c->lanes - begin + row * num, y * c->width + place - y * c->pitch,
+                                      last - place};
+                runs[count++] = run;
+            }
+        }
+    }
+    return count;
+}
+
+/* Say for each pixel of a strip where in what is staged of it its lanes are. */
+static void find_places(const struct conv *c)
+{
+    struct run runs[MOST * WIDTH];
+    for (int64_t number = 0; number < c->tiles; number++) {
+        int num_runs = runs_of(c, tile_at(c, number), runs);
+        for (int run = 0; run < num_runs; run++)
+            for (int64_t i = 0; i < runs[run].num; i++)
+                c->places[runs[run].to + i] = (int32_t)(number * c->tile_size + runs[run].from + i * WIDTH);
+    }
+}
+
 static void find_lanes(struct lane *lane, int64_t strips, int64_t height)
 {
     for (int64_t i = 0; i < WIDTH; i++) {
@@ -170,7 +208,7 @@ SQUALL_EXPORT void squall_sparse_conv(const float *packed, const float *values, 
         conv.parts = most;
     squall_parallel(SQUALL_PICK(forward), &conv, num_tasks * conv.parts, num_threads);
     if (staged) {
-        squall_parallel(SQUALL_PICK(find_places), &conv, conv.tiles, 1);
+        find_places(&conv);
         squall_parallel(SQUALL_PICK(unstage), &conv, num_blocks_of(&conv) * groups * outputs, num_threads);
     }
 }

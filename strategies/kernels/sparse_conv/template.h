@@ -7,7 +7,6 @@ ISA_TARGET SQUALL_INLINE void FN(add)(const int width, const int rows, const str
                                       int64_t begin, int64_t end, const float *sums, int is_first, const int finishes,
                                       float bias, float *to)
 {
-    typedef int32_t masks __attribute__((vector_size(64)));
     vector total[MOST];
     SQUALL_UNROLL
     for (int i = 0; i < rows * width; i++)
@@ -27,7 +26,7 @@ ISA_TARGET SQUALL_INLINE void FN(add)(const int width, const int rows, const str
     for (int i = 0; i < rows * width; i++) {
         if (finishes) {
             total[i] += bias;
-            total[i] = (vector)((masks)total[i] & ~((masks)(total[i] < 0) & -c->relu));
+            total[i] = (vector)((squall_masks)total[i] & ~((squall_masks)(total[i] < 0) & -c->relu));
         }
         *(vector *)(to + i * WIDTH) = total[i];
     }
@@ -87,32 +86,6 @@ ISA_TARGET static void FN(finish_tile)(struct tile tile, const struct conv *c, i
 #undef CALL
 }
 
-/* A run of output pixels of a tile that are neighbours in a row of the image. */
-struct FN(run) {
-    int64_t from, to, num; /* numbers of the tile, pixels of the strip, pixels */
-};
-
-/* Where a tile's numbers belong; returns how many runs there are. */
-ISA_TARGET static int FN(runs_of)(const struct conv *c, struct tile tile, struct FN(run) *runs)
-{
-    int count = 0;
-    for (int row = 0; row < tile.rows; row++) {
-        int64_t begin = tile.begin + row * c->row_distance, num = tile.width * WIDTH;
-        int64_t place = begin / c->lanes, end = (begin + num) / c->lanes; /* in pixels, gaps included */
-        for (int64_t y = place / c->pitch; y < c->height && place < end; y++, place = y * c->pitch) {
-            int64_t last = y * c->pitch + c->width;
-            if (last > end)
-                last = end;
-            if (place < last) {
-                struct FN(run) run = {place * c->lanes - begin + row * num, y * c->width + place - y * c->pitch,
-                                      last - place};
-                runs[count++] = run;
-            }
-        }
-    }
-    return count;
-}
-
 /* One tile of a group's outputs, or of a part of them. */
 ISA_TARGET static void FN(forward)(void *context, int64_t index, int thread)
 {
@@ -124,8 +97,8 @@ ISA_TARGET static void FN(forward)(void *context, int64_t index, int thread)
     int64_t num = tile.width * tile.rows * WIDTH;
     float *sums = c->scratch + thread * c->num_scratch;
     const float *in = c->packed + (block * c->groups + group) * c->inputs * c->channel_size + c->guard + tile.begin;
-    struct FN(run) runs[MOST * WIDTH];
-    int num_runs = FN(runs_of)(c, tile, runs);
+    struct run runs[MOST * WIDTH];
+    int num_runs = c->staged ? 0 : runs_of(c, tile, runs);
     int64_t last = c->blocks - 1, first = group * c->blocks * c->outputs;
     for (int64_t inputs = 0; inputs < last; inputs++, in += c->block_size * c->channel_size, first += c->outputs)
         FN(add_tile)(tile, c, first + low, high - low, in, sums, inputs == 0);
@@ -135,22 +108,10 @@ ISA_TARGET static void FN(forward)(void *context, int64_t index, int thread)
         float bias = c->bias ? c->bias[channel] : 0;
         float *to = c->staged ? c->staged + (image * c->tiles + number) * c->tile_size : sums;
         FN(finish_tile)(tile, c, first + output, in, sums, last == 0, bias, to);
-        for (int run = 0; run < (c->staged ? 0 : num_runs); run++)
+        for (int run = 0; run < num_runs; run++)
             memcpy(c->y + image * c->height * c->width + runs[run].to, sums + runs[run].from,
                    (size_t)runs[run].num * sizeof(float));
     }
-}
-
-/* Say for each pixel of a strip where in what is staged of it its lanes are. */
-ISA_TARGET static void FN(find_places)(void *context, int64_t number, int thread)
-{
-    const struct conv *c = context;
-    struct FN(run) runs[MOST * WIDTH];
-    int num_runs = FN(runs_of)(c, tile_at(c, number), runs);
-    (void)thread;
-    for (int run = 0; run < num_runs; run++)
-        for (int64_t i = 0; i < runs[run].num; i++)
-            c->places[runs[run].to + i] = (int32_t)(number * c->tile_size + runs[run].from + i * WIDTH);
 }
 
 #include "gradient.h"

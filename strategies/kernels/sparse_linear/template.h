@@ -30,7 +30,6 @@ ISA_TARGET static void F(turn)(const float *in, int64_t stride, int64_t num, flo
 ISA_TARGET static void F(turn_back)(const float *in, int64_t lanes, int64_t num, int64_t stride, const float *bias,
                                     int relu, float *out)
 {
-    typedef int32_t masks __attribute__((vector_size(64)));
     squall_numbers rows[SQUALL_WIDTH], added = {0};
     if (bias)
         added = *(const squall_numbers *)bias;
@@ -40,7 +39,7 @@ ISA_TARGET static void F(turn_back)(const float *in, int64_t lanes, int64_t num,
     SQUALL_UNROLL for (int i = 0; i < SQUALL_WIDTH; i++) {
         squall_numbers value = rows[i] + added;
         if (relu)
-            value = (squall_numbers)((masks)value & ~(masks)(value < 0));
+            value = (squall_numbers)((squall_masks)value & ~(squall_masks)(value < 0));
         if (i < num)
             *(squall_numbers *)(out + i * stride) = value;
     }
