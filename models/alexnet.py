@@ -90,6 +90,8 @@ class AlexNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as ``init`` says."""
+        if self.conv1.weight.is_meta:
+            return  # there is nothing to draw, and torch would take longer over that than over all the rest
         if self.init == "he":
             initialise_he(self)
             return
