@@ -13,5 +13,5 @@ import torch  # noqa: E402
 from squall.kernels.native import memory  # noqa: E402
 
 # One that is kept would be larger than what is asked for, and nothing behind that would be watched.
-memory.workspace = lambda num, name: torch.empty(num)
-memory.result = lambda shape, dtype=torch.float32: torch.empty(tuple(shape), dtype=dtype)
+memory.workspace = lambda num, name: torch.empty(num, dtype=torch.float32, device="cpu")
+memory.result = lambda shape, dtype=torch.float32: torch.empty(tuple(shape), dtype=dtype, device="cpu")

@@ -213,3 +213,16 @@ print(faults())
 """
     num_faults = int(subprocess.check_output([sys.executable, "-c", script], text=True))
     assert num_faults < 1000, "and 45,952 if they don't"
+
+
+def test_intermediate_results_are_as_wide_as_kernels_write_them() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = memory.workspace(1000, "of another width")
+            large = memory.result((2000, 1000))
+    finally:
+        torch.set_default_dtype(before)
+    assert (found.dtype, found.device.type, len(found)) == (torch.float32, "cpu", 1000)
+    assert (large.dtype, large.device.type) == (torch.float32, "cpu")

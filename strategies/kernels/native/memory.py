@@ -58,11 +58,11 @@ def workspace(num: int, name: str) -> Tensor:
 
     """
     if 4 * num > _MOST_KEPT:
-        return in_large_pages(torch.empty(num, device="cpu"))
+        return in_large_pages(torch.empty(num, dtype=torch.float32, device="cpu"))
     kept = getattr(_own, name, None)
     if kept is None or len(kept) < num:
         with torch.inference_mode(False):  # it may be written to outside of it later
-            kept = in_large_pages(torch.empty(num, device="cpu"))
+            kept = in_large_pages(torch.empty(num, dtype=torch.float32, device="cpu"))
         setattr(_own, name, kept)
     own: Tensor = kept[:num]
     return own
