@@ -150,6 +150,8 @@ def decode_together(coded: Sequence[Coded]) -> None:
 
     """
     waiting = [(stream, stream._code) for stream in coded if stream._code is not None]
+    if not waiting:
+        return
     for (stream, _), decode in zip(waiting, ans.decode([code for _, code in waiting]), strict=True):
         stream._decode, stream._code = decode, None
 

@@ -174,7 +174,7 @@ def seal(path):
     """Compute the checksum again, as whoever means harm would."""
     data = np.fromfile(path, np.uint8)
     place, _ = file._find_checksum(data)
-    data[place : place + 32] = np.frombuffer(file._checksum(data, place).encode(), np.uint8)
+    data[place : place + 32] = np.frombuffer(file._checksum([data], place).encode(), np.uint8)
     data.tofile(path)
 
 
@@ -216,21 +216,32 @@ def test_a_bit_that_flipped_where_any_bits_will_do(saved):
         load_compressed(path)
 
 
-FIRST_VERSION = (
-    "*Z=?k00000dm>+7ZDn*}WMOn+Utc0Rdm?jjbzy95B03^=WpZ<AZ*Dy?AY*7{V{3DDZ9O?OV>n?rF=H_?G&DFgV`4L7HaIvkHa0Xe"
-    "IW{n2V__h4Wo~nCa&tX<Tq1W|B04cFTq0szB04aAB7H0(Vj?<wB4l)VaAhJoB1SVZA}k_vXkl<=B05_#T`VGGVRT_%Z)Rq5Wpr~Q"
-    "I$JO-I9+`#B6lJ>dm?0Xd2nSSIwDm#A}k_vXkl<=B05_!H8ou<B4lB7VP9`%W^-k9b0RuhI4m(XGhKas004kL0000$00Jm71Hb|U"
-    "009U9+uPgQ+uQ#RO$SKZzv~A=ePdm3r~iZ;b_5G<V(Cq@`7{F&V=p1~>WF_xpy3p=^xHH2X=YnQ*zp8LAwNb00{{SkJ^%o~KL7v#"
-    "zySm8|Mw3s6$*2Za?haXG_pYFcac1E+EpEIy)7l;1D1~p&+$1!OXLi4MPgfLN!tlV2}-O&F5T`9MZ>r+0000"
-)
+# The same tensors.
+VERSIONS = {
+    1: (
+        "*Z=?k00000dm>+7ZDn*}WMOn+Utc0Rdm?jjbzy95B03^=WpZ<AZ*Dy?AY*7{V{3DDZ9O?OV>n?rF=H_?G&DFgV`4L7HaIvkHa0Xe"
+        "IW{n2V__h4Wo~nCa&tX<Tq1W|B04cFTq0szB04aAB7H0(Vj?<wB4l)VaAhJoB1SVZA}k_vXkl<=B05_#T`VGGVRT_%Z)Rq5Wpr~Q"
+        "I$JO-I9+`#B6lJ>dm?0Xd2nSSIwDm#A}k_vXkl<=B05_!H8ou<B4lB7VP9`%W^-k9b0RuhI4m(XGhKas004kL0000$00Jm71Hb|U"
+        "009U9+uPgQ+uQ#RO$SKZzv~A=ePdm3r~iZ;b_5G<V(Cq@`7{F&V=p1~>WF_xpy3p=^xHH2X=YnQ*zp8LAwNb00{{SkJ^%o~KL7v#"
+        "zySm8|Mw3s6$*2Za?haXG_pYFcac1E+EpEIy)7l;1D1~p&+$1!OXLi4MPgfLN!tlV2}-O&F5T`9MZ>r+0000"
+    ),
+    2: (
+        "*Z=?k00000dm>+7ZDn*}WMOn+Utc0Rdm?jjbzy95B03^=WpZ<AZ*Dy@AY*7{V{3DDZ9QQ&Wo2SFGBjm2I5;$6Gcq<eH8?h5Gchn>GcjQ"
+        ">F=HTfWo~nCa&tX<Tq1W|B04cFTq0szB04aAB7H0(Vj?<wB4l)VaAhJoB1SVZA}k_vXkl<=B05_#T`VGGVRT_%Z)Rq5Wpr~QI$JO-I9+"
+        "`#B6lJ>dm?0Xd2nSSIwDm#A}k_vXkl<=B05_!H8ou<B4lB7VP9`%W^-k9b0RuhI4m(XGhKas004kL0000$00Jm71Hb|U009U9+uPgQ+u"
+        "Q#RO$SKZzv~A=ePdm3r~iZ;b_5G<V(Cq@`7{F&V=p1~>WF_xpy3p=^xHH2X=YnQ*zp8LAwNb00{{SkJ^%o~KL7v#zySm8|Mw3s6$*2Za"
+        "?haXG_pYFcac1E+EpEIy)7l;1D1~p&+$1!OXLi4MPgfLN!tlV2}-O&F5T`9MZ>r+0000"
+    ),
+}
 
 
-def test_files_of_the_first_version_are_read_for_ever(tmp_path):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_files_of_older_versions_are_read_for_ever(tmp_path, version):
     weight = torch.zeros(40, 50)
     for start, step, value in ((0, 7, 1.5), (0, 21, -2.0), (3, 50, 0.25)):
         weight.view(-1)[start::step] = value
     path = tmp_path / "x.safetensors"
-    path.write_bytes(base64.b85decode(FIRST_VERSION))
+    path.write_bytes(base64.b85decode(VERSIONS[version]))
     loaded = load_compressed(path)
     assert torch.equal(loaded["w"], weight)
     assert loaded["b"].tolist() == [1.0, 2.0]
@@ -243,8 +254,8 @@ def test_files_of_the_first_version_are_read_for_ever(tmp_path):
 
 def test_another_version(saved):
     path, _ = saved
-    rewrite(path, metadata="version=3 and who knows what")
-    with pytest.raises(CompressedFileError, match=r"has version 3 .* reads version 2 and older"):
+    rewrite(path, metadata="version=4 and who knows what")
+    with pytest.raises(CompressedFileError, match=r"has version 4 .* reads version 3 and older"):
         load_compressed(path)
 
 
@@ -253,10 +264,10 @@ def test_another_version(saved):
     [
         ("", "not those of a compressed file"),
         ("version=x", "not those"),
-        ("version=2 tensors={}", "no checksum"),
-        ("version=2 checksum=" + "0" * 32, "table of tensors"),
-        ("version=2 checksum=" + "0" * 32 + " tensors=[]", "table of tensors"),
-        ("version=2 checksum=" + "0" * 32 + " tensors=" + "[" * 100_000, "table of tensors"),
+        ("version=3 tensors={}", "no checksum"),
+        ("version=3 checksum=" + "0" * 32, "table of tensors"),
+        ("version=3 checksum=" + "0" * 32 + " tensors=[]", "table of tensors"),
+        ("version=3 checksum=" + "0" * 32 + " tensors=" + "[" * 100_000, "table of tensors"),
     ],
 )
 def test_other_metadata(saved, metadata, words):

@@ -119,7 +119,7 @@ def test_a_checksum_made_to_fit_opens_no_door(whole):
         except CompressedFileError:
             place = None
         if place is not None:
-            damaged[place : place + 32] = np.frombuffer(file._checksum(damaged, place).encode(), np.uint8)
+            damaged[place : place + 32] = np.frombuffer(file._checksum([damaged], place).encode(), np.uint8)
         loaded = load(path, damaged)
         if loaded is not None:
             num_read += 1
