@@ -132,7 +132,7 @@ SQUALL_EXPORT void squall_ans_decode(void *codes, int64_t num_codes, int num_thr
 {
     struct job job = {.codes = codes, .num_codes = num_codes};
     atomic_init(&job.next, 0);
-    squall_parallel(work, &job, num_threads, num_threads);
+    squall_parallel(work, &job, num_codes < num_threads ? num_codes : num_threads, num_threads);
 }
 
 /* Sum gaps up: one goes on from the last position, and one of 0 does so by `longest` without stopping. Returns nothing:

@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -168,7 +169,7 @@ def read_info(reader: Reader) -> TensorInfo:
 
 
 class Live(NamedTuple):
-    """The elements of a tensor that aren't zero.
+    """The elements of a tensor that aren't zero; looked up by numpy, as torch would start threads for it.
 
     Args:
         positions: Theirs in the flat tensor, ascending; int32 where all of the tensor's fit.
@@ -190,13 +191,18 @@ class Live(NamedTuple):
 
     def each(self) -> Tensor:
         """Look up the value of each position."""
-        return self.values if self.codes is None else self.values[self.codes.long()]
+        if self.codes is None:
+            return self.values
+        # Without a look at each code: decoding has compared it with the codebook.
+        each = np.take(_to_words(self.values), self.codes.numpy(), mode="clip")
+        return _from_words(each, self.values.dtype)
 
     def dense(self) -> Tensor:
         """Build the tensor."""
-        dense = torch.zeros(math.prod(self.shape), dtype=self.values.dtype)
-        dense[self.positions.long()] = self.each()
-        return dense.reshape(self.shape)
+        each = _to_words(self.each())
+        dense = np.zeros(math.prod(self.shape), each.dtype)
+        dense[self.positions.numpy()] = each
+        return _from_words(dense, self.values.dtype).reshape(self.shape)
 
 
 class LiveGaps(NamedTuple):
@@ -316,6 +322,12 @@ class CodedTensor(NamedTuple):
             return self.codes.symbols(), values
         # Of one value, if any.
         return np.zeros(self.num_stored, np.uint8) if self.layout & SHARED else None, values
+
+
+def _to_words(values: Tensor) -> npt.NDArray[Any]:
+    """What numpy, too, has a name for."""
+    words: npt.NDArray[Any] = values.view(_INTS[values.itemsize]).numpy()
+    return words
 
 
 def _from_words(words: Words, dtype: torch.dtype) -> Tensor:
