@@ -117,6 +117,38 @@ def test_any_memory_format_and_expanded_gradients() -> None:
         result.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_any_default_dtype_and_device(dtype: torch.dtype) -> None:
+    """Numbers on the way are as wide as those of the weight, whatever is made by default."""
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.arange(0, 40 * 30 * 9, 4)
+    x, values = (torch.randn(shape, generator=generator) for shape in ((2, 30, 9, 9), (len(positions),)))
+
+    def gradients() -> list[Tensor]:
+        leaves = x.clone().requires_grad_(), values.clone().requires_grad_()
+        y = sparse_conv2d(leaves[0], leaves[1], positions, (40, 30, 3, 3))
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    expected, before = gradients(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = gradients()
+    finally:
+        torch.set_default_dtype(before)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_op_refuses_fewer_values_than_positions() -> None:
+    """Whoever calls it directly has no other check."""
+    with pytest.raises(ValueError, match="values must be as many as positions, 576, got 3"):
+        torch.ops.squall.sparse_conv2d(
+            torch.ones(1, 8, 5, 5), torch.ones(3), torch.arange(576), None, [8, 8, 3, 3], [1, 1], [0, 0], [1, 1], 1,
+            False,
+        )  # fmt: skip
+
+
 def test_no_samples_and_no_weights() -> None:
     values, positions = sparse((4, 3, 3, 3))
     assert sparse_conv2d(torch.empty(0, 3, 5, 5), values, positions, (4, 3, 3, 3)).shape == (0, 4, 3, 3)
@@ -210,6 +242,9 @@ def test_the_ops_keep_torchs_rules() -> None:
         ({"values": torch.ones(3, dtype=torch.float64)}, "torch.float64 on cpu"),
         ({"positions": torch.zeros(3)}, "positions int64"),
         ({"positions": torch.tensor([0, 2, 1])}, "positions must ascend"),
+        ({"positions": torch.tensor([0, 2, 2])}, "positions must ascend"),
+        ({"positions": torch.tensor([-1, 0, 2])}, "positions must ascend"),
+        ({"positions": torch.tensor([2**62, 1 - 2**63, -5])}, "positions must ascend"),
         ({"positions": torch.tensor([0, 1, 108])}, "positions must ascend"),
         ({"bias": torch.ones(3)}, "bias must be 4 numbers"),
         ({"stride": 0}, "stride"),

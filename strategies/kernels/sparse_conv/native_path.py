@@ -108,7 +108,7 @@ def weight_gradient(x: Tensor, grad: Tensor, plan: Plan) -> Tensor:
     """
     sizes, num_threads = plan.sizes, torch.get_num_threads()
     packed, packed_grad = pack(x, plan.packing, sizes.stride), pack(grad, plan.grad_packing, (1, 1), "grad")
-    result = x.new_zeros(len(plan.order))
+    result = x.new_zeros(len(plan.offsets))
     outputs, lanes = sizes.weight[0] // sizes.groups, plan.packing.lanes
     _grad_kernel(
         packed.data_ptr(), packed_grad.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(),

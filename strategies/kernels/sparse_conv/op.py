@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from . import native_path, torch_path
 from .plan import Plan, make_plan
 from .sizes import Sizes
 
+_ascends_kernel = native.function("squall_ascends", ctypes.c_void_p, ctypes.c_int64, returns=ctypes.c_int)
 _MOST_PLANS = 8  # of one layer: sizes of images and batches that it is used with
 
 
@@ -37,12 +39,19 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _ascends(positions: Tensor) -> bool:
+    """Tell whether positions ascend, from 0 or more."""
+    if native.serves(positions, dtypes=(torch.int64,)) and positions.is_contiguous():
+        return bool(_ascends_kernel(positions.data_ptr(), len(positions)))
+    return bool((positions[1:] > positions[:-1]).all() and (positions[:1] >= 0).all())
+
+
 class _Kept:
     """What has been worked out about one tensor of positions."""
 
     def __init__(self, positions: Tensor) -> None:
-        self.ends = (int(positions[0]), int(positions[-1])) if len(positions) else (0, -1)
-        self.ascends = bool((positions[1:] > positions[:-1]).all())
+        self.end = int(positions[-1]) + 1 if len(positions) else 0
+        self.ascends = _ascends(positions)
         self.version = _version(positions)
         self.plans: dict[Any, Plan] = {}
         self.ordered: tuple[Any, int, Plan, Tensor] | None = None
@@ -72,7 +81,7 @@ def check_positions(positions: Tensor, num_weights: int) -> None:
 
     """
     kept = _of(positions)
-    if not kept.ascends or kept.ends[0] < 0 or kept.ends[1] >= num_weights:
+    if not kept.ascends or kept.end > num_weights:
         raise ValueError(f"positions must ascend from 0 or more to {num_weights - 1} or less, without repetition")
 
 
@@ -93,7 +102,7 @@ def _ordered(values: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         of, version, for_plan, ordered = kept.ordered
         if of() is values and version == _version(values) and for_plan is plan:
             return ordered
-    ordered = values.index_select(0, plan.order)
+    ordered = plan.ordered(values)
     kept.ordered = (weakref.ref(values), _version(values), plan, ordered)
     return ordered
 
@@ -175,8 +184,7 @@ def sparse_conv2d_backward(
         by_x = _input_gradient(grad, values, positions, sizes, serves).contiguous()
     if wants_values and serves:
         plan = _plan(positions, sizes)
-        by_values = torch.empty_like(values, memory_format=torch.contiguous_format)
-        by_values[plan.order] = native_path.weight_gradient(x.contiguous(), grad, plan)
+        by_values = plan.in_positions(native_path.weight_gradient(x.contiguous(), grad, plan))
     elif wants_values:
         by_values = torch_path.weight_gradient(x, grad, positions, sizes)
     return by_x, by_values
@@ -191,7 +199,7 @@ def _input_gradient(grad: Tensor, values: Tensor, positions: Tensor, sizes: Size
     padding = [d * (k - 1) - p for d, k, p in zip(sizes.dilation, kernel, sizes.padding, strict=True)]
     turned_sizes = sizes_of(tuple(grad.shape), shape, [1, 1], padding, list(sizes.dilation), sizes.groups)
     plan = _plan(turned.positions, turned_sizes, key=positions)
-    return native_path.convolve(grad, values.index_select(0, turned.order[plan.order]), plan, None, relu=False)
+    return native_path.convolve(grad, plan.ordered(values.index_select(0, turned.order)), plan, None, relu=False)
 
 
 def _turn(positions: Tensor, sizes: Sizes) -> _Turned:

@@ -26,7 +26,8 @@ _L1_BYTES = 48 << 10  # what it holds, and no more for the rest: what is read ag
 _L2_BYTES = 256 << 10  # of sums: others need it, too
 _MOST = 2**31 - 1  # numbers that an offset reaches
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
-_plan_kernel = native.function("squall_sparse_conv_plan", _POINTER, *[_LONG] * 7, _POINTER, _LONG, *[_POINTER] * 4)
+_plan_kernel = native.function("squall_sparse_conv_plan", _POINTER, *[_LONG] * 7, _POINTER, _LONG, *[_POINTER] * 3)
+_move_kernel = native.function("squall_sparse_conv_move", *[_POINTER] * 3, *[_LONG] * 3, ctypes.c_int)
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ class Plan:
         row_tiles: Tiles of a row of the output, or 0 if they run on from row to row.
         num_staged: Numbers of a block's output that are brought to where they belong when all of them are there; 0 if
             each tile's are at once.
-        order: Which of the positions each weight is, in the kernel's order; shape (live weights,).
-        offsets: Where in a block's input each reads, int32.
+        offsets: Where in a block's input each weight reads, in the kernel's order, int32; shape (live weights,).
         starts: Where the weights of each group, block and output begin.
 
     """
@@ -95,9 +95,27 @@ class Plan:
     tile: tuple[int, int]
     row_tiles: int
     num_staged: int
-    order: Tensor
     offsets: Tensor
     starts: Tensor
+
+    def ordered(self, values: Tensor) -> Tensor:
+        """Bring a number a weight, float32, from the order of their positions into the kernel's."""
+        return self._move(values, back=False)
+
+    def in_positions(self, ordered: Tensor) -> Tensor:
+        """Bring such numbers back into the order of positions."""
+        return self._move(ordered, back=True)
+
+    def _move(self, numbers: Tensor, back: bool) -> Tensor:
+        if len(numbers) != len(self.offsets):
+            raise ValueError(f"values must be as many as positions, {len(self.offsets)}, got {len(numbers)}")
+        numbers, groups = numbers.contiguous(), self.sizes.groups
+        moved = torch.empty_like(numbers)
+        _move_kernel(
+            numbers.data_ptr(), moved.data_ptr(), self.starts.data_ptr(), self.sizes.weight[0] // groups, groups,
+            self.num_blocks, back,
+        )  # fmt: skip
+        return moved
 
 
 @torch.inference_mode(False)
@@ -131,28 +149,27 @@ def make_plan(positions: Tensor, sizes: Sizes) -> Plan:
         dtype=torch.int64,
         device=positions.device,
     )
-    order, offsets, starts = _order(positions, sizes, block_size, packing.channel_size, taps)
+    offsets, starts = _offsets(positions, sizes, block_size, packing.channel_size, taps)
     return Plan(
         sizes, packing, _pack_output(sizes, packing), block_size, num_blocks, tile, row_tiles,
-        _num_staged(sizes, packing, tile, row_tiles), order, offsets, starts,
+        _num_staged(sizes, packing, tile, row_tiles), offsets, starts,
     )  # fmt: skip
 
 
-def _order(
+def _offsets(
     positions: Tensor, sizes: Sizes, block_size: int, channel_size: int, taps: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Bring weights into the kernel's order; returns that, where each reads, and where those of each output begin."""
+) -> tuple[Tensor, Tensor]:
+    """Say where weights read, in the kernel's order, and where those of each output begin."""
     num_outputs, num_inputs, *kernel = sizes.weight
     outputs, num_blocks, positions = num_outputs // sizes.groups, -(-num_inputs // block_size), positions.contiguous()
     starts = positions.new_zeros(sizes.groups * num_blocks * outputs + 1)
-    order, offsets = torch.empty_like(positions), torch.empty_like(positions, dtype=torch.int32)
+    offsets = torch.empty_like(positions, dtype=torch.int32)
     reads = positions.new_empty(num_inputs * math.prod(kernel), dtype=torch.int32)
     _plan_kernel(
         positions.data_ptr(), len(positions), num_inputs, outputs, sizes.groups, num_blocks, block_size, channel_size,
-        taps.data_ptr(), math.prod(kernel), starts.data_ptr(), order.data_ptr(), offsets.data_ptr(),
-        reads.data_ptr(),
+        taps.data_ptr(), math.prod(kernel), starts.data_ptr(), offsets.data_ptr(), reads.data_ptr(),
     )  # fmt: skip
-    return order, offsets, starts
+    return offsets, starts
 
 
 def _num_staged(sizes: Sizes, packing: Packing, tile: tuple[int, int], row_tiles: int) -> int:
