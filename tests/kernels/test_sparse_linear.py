@@ -349,7 +349,7 @@ def test_weights_are_packed_alike_by_loops_and_in_numpy(num_rows, num_columns, d
     for isa, of_dtype in (("torch", np.int64), (native.isa(), np.int64), (native.isa(), np.int32)):
         with native.forced(isa):
             arranged = packing.arrange(places.astype(of_dtype), num_rows, num_columns, row_block)
-            results.append((*arranged.fill(values), arranged.slots(), *arranged[:5]))
+            results.append((*arranged.fill(values), arranged.slots(), *arranged[:6]))
     for result in results[1:]:
         for ours, expected in zip(result, results[0], strict=True):
             assert ours.dtype == expected.dtype
@@ -387,6 +387,23 @@ def test_gaps_are_packed_as_their_sums(num_rows, num_columns, density, row_block
 
 
 @pytest.mark.skipif(not native.serves(), reason="there are no compiled kernels")
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.1, 0.9])
+@pytest.mark.parametrize("num_columns", [30, 127, 128, 5000, 200_000])
+def test_rows_without_weights_and_long_ones(num_columns, density):
+    """Rows end anywhere among the gaps that are counted at once, or where none is; more runs than are kept at once."""
+    shape = (600_000 // num_columns, num_columns)
+    weight = sparse(*shape, density)
+    if len(weight) > 7:
+        weight[::7] = 0
+    positions = positions_of(weight)
+    values = torch.arange(1.0, len(positions) + 1)
+    for longest in (255, 20):
+        packed = pack_gaps(gaps_of(positions, longest, torch.uint8), longest, None, values, shape)
+        for ours, theirs in zip(packed, pack_values(positions, values, shape), strict=True):
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+@pytest.mark.skipif(not native.serves(), reason="there are no compiled kernels")
 @pytest.mark.parametrize(
     ("gaps", "num", "message"),
     [
@@ -396,11 +413,16 @@ def test_gaps_are_packed_as_their_sums(num_rows, num_columns, density, row_block
         ([1, 5], 2, "past the end, 4 weights"),
         ([1, 3, 0], 2, "past the end, 4 weights"),
         ([200, 200], 2, "past the end, 4 weights"),
+        ([1] * 50, 50, "past the end, 4 weights"),
+        ([200] * 50, 50, "past the end, 4 weights"),
+        ([1] * 50, 49, "don't lead to 49 weights"),
     ],
 )
 def test_gaps_that_lead_elsewhere(gaps, num, message):
     with pytest.raises(ValueError, match=message):
         pack_gaps(torch.tensor(gaps, dtype=torch.uint8), 5, None, torch.ones(num), (2, 2))
+    with pytest.raises(ValueError, match="longest must be at least 1, got 0"):
+        pack_gaps(torch.tensor(gaps, dtype=torch.uint8), 0, None, torch.ones(num), (2, 2))
     with pytest.raises(ValueError, match="gaps must be one row of uint8 or uint16"):
         pack_gaps(torch.tensor(gaps), 5, None, torch.ones(num), (2, 2))
 

@@ -13,13 +13,9 @@
 #include <string.h>
 
 #include "../native/native.h"
+#include "layout.h"
 
-enum { TILE = 128, TILE_COLUMNS = 127, SLICE = 64 };
 enum { LIVE_SPREAD = 128, LIVE_ROWS = 64, LIVE_COLUMNS = 192 };
-
-/* Where a slot's column, and its code, are in a step; and whose they are. */
-#define BYTE_OF(slot) (4 * ((slot) % 16) + (slot) / 16)
-#define SLOT_OF(byte) (16 * ((byte) % 4) + (byte) / 4)
 
 struct linear {
     const uint8_t *columns, *codes;

@@ -201,7 +201,8 @@ def pack_gaps(
         row_block: As of :func:`pack_dense`.
 
     Raises:
-        ValueError: Gaps lead to another number of weights, or out of the matrix; or as :func:`pack_codes`.
+        ValueError: Gaps lead to another number of weights, or out of the matrix; `longest` is below 1; or as
+            :func:`pack_codes`.
 
     Example:
         >>> pack_gaps(torch.tensor([2, 0, 1], dtype=torch.uint8), 1, None, torch.tensor([0.5, 1.0]), (2, 2)).to_dense()
@@ -213,6 +214,8 @@ def pack_gaps(
     _check(None, codes, values, shape, row_block)
     if gaps.ndim != 1 or gaps.dtype not in (torch.uint8, torch.uint16):
         raise ValueError(f"gaps must be one row of uint8 or uint16, got {gaps.dtype} of shape {tuple(gaps.shape)}")
+    if longest < 1:
+        raise ValueError(f"longest must be at least 1, got {longest}")
     arranged = arrange_gaps(gaps.cpu().numpy(), longest, num, *shape, max(1, min(row_block, shape[0])))
     if isinstance(arranged, Arranged):
         return _lay_out(arranged, codes, values, shape)
@@ -273,8 +276,9 @@ def _check(
             raise ValueError(f"codes must be uint8, got {codes.dtype}")
         if len(values) > _MOST_CODES:
             raise ValueError(f"codebook must have at most {_MOST_CODES} values, got {len(values)}")
-        if len(codes) and int(codes.max()) >= len(values):
-            raise ValueError(f"codes must be below the codebook's {len(values)} values, got {int(codes.max())}")
+        largest = codes.cpu().numpy().max(initial=0)
+        if len(codes) and largest >= len(values):
+            raise ValueError(f"codes must be below the codebook's {len(values)} values, got {largest}")
 
 
 def _pack(

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from squall.kernels import native
 
-TILE_COLUMNS, SLICE = 127, 64  # as in kernel.c
-_COUNTERS = 4  # as in pack.c
+TILE_COLUMNS, SLICE = 127, 64  # as in layout.h
+_COUNTERS = 4  # as in gaps.c
+_STEPS_MORE = 3  # as in fill.c
 _FILL = TILE_COLUMNS  # the column of what fills up a slice
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
-_slices = native.function("squall_pack_slices", _POINTER, *[_LONG] * 3, *[_POINTER] * 3, returns=_LONG)
+_slices = native.function("squall_pack_slices", _POINTER, *[_LONG] * 3, *[_POINTER] * 4, returns=_LONG)
 _count = {
     width: native.function(
         f"squall_pack_count_{8 * width}", _POINTER, *[_LONG] * 4, *[_POINTER] * 2, returns=_LONG
@@ -29,10 +30,9 @@ _count_gaps = {
     width: native.function(f"squall_pack_count_gaps_{8 * width}", _POINTER, *[_LONG] * 6, *[_POINTER] * 4)
     for width in (1, 2)
 }
-_fill = {
-    width: native.function(f"squall_pack_fill_{width}", *[_POINTER] * 4, *[_LONG] * 3, *[_POINTER] * 5)
-    for width in (1, 4, 8)
-}
+_fill = native.function(
+    "squall_pack_fill", *[_POINTER] * 4, *[_LONG] * 3, *[_POINTER] * 2, _LONG, ctypes.c_int, *[_POINTER] * 3
+)
 
 
 class Arranged(NamedTuple):
@@ -41,6 +41,7 @@ class Arranged(NamedTuple):
     Args:
         columns: uint8: each weight's column in its tile.
         lengths: uint8: weights of each run; shape (rows, tiles of a row).
+        sorted_lengths: uint8: those of `rows`.
         rows: As of :class:`~squall.kernels.sparse_linear.PackedWeight`.
         starts: Likewise.
         tiles: Likewise.
@@ -50,6 +51,7 @@ class Arranged(NamedTuple):
 
     columns: NDArray[np.uint8]
     lengths: NDArray[np.uint8]
+    sorted_lengths: NDArray[np.uint8]
     rows: NDArray[np.int16]
     starts: NDArray[np.int64]
     tiles: NDArray[np.int64]
@@ -84,19 +86,16 @@ class Arranged(NamedTuple):
         """
         num_slots = int(self.starts[-1]) * SLICE
         if native.serves():
-            columns, filled, values = (
-                np.empty(num_slots, np.uint8),
-                np.empty(num_slots, values.dtype),
-                np.ascontiguousarray(values),
-            )
+            num_written, values = num_slots + _STEPS_MORE * SLICE, np.ascontiguousarray(values)
+            columns, filled = np.empty(num_written, np.uint8), np.empty(num_written, values.dtype)
             per_row = self.lengths.sum(1, dtype=np.int64)
             next_of = np.cumsum(per_row) - per_row
-            _fill[values.itemsize](
-                *(part.ctypes.data for part in (self.lengths, self.rows, self.starts, self.tiles)),
-                *self.lengths.shape, self.row_block, self.columns.ctypes.data, values.ctypes.data, next_of.ctypes.data,
-                columns.ctypes.data, filled.ctypes.data,
+            _fill(
+                *(part.ctypes.data for part in (self.rows, self.sorted_lengths, self.starts, self.tiles)),
+                *self.lengths.shape, self.row_block, self.columns.ctypes.data, values.ctypes.data, len(values),
+                values.itemsize, next_of.ctypes.data, columns.ctypes.data, filled.ctypes.data,
             )  # fmt: skip
-            return columns, filled
+            return columns[:num_slots], filled[:num_slots]
         columns, filled = np.full(num_slots, _FILL, np.uint8), np.zeros(num_slots, values.dtype)
         slots = self.slots()
         columns[slots], filled[slots] = self.columns, values
@@ -167,14 +166,17 @@ def _slice(columns: NDArray[np.uint8], lengths: NDArray[np.uint8], row_block: in
     num_rows, num_tiles = lengths.shape
     num_all_tiles = -(-num_rows // row_block) * num_tiles
     most = num_all_tiles * -(-row_block // SLICE)
-    rows = np.empty(most * SLICE, np.int16)
+    rows, sorted_lengths = np.empty(most * SLICE, np.int16), np.empty(most * SLICE, np.uint8)
     starts, tiles = np.zeros(most + 1, np.int64), np.zeros(num_all_tiles + 1, np.int64)
     num_slices = _slices(
-        lengths.ctypes.data, num_rows, num_tiles, row_block, rows.ctypes.data, starts.ctypes.data, tiles.ctypes.data
-    )
+        lengths.ctypes.data, num_rows, num_tiles, row_block,
+        *(part.ctypes.data for part in (rows, sorted_lengths, starts, tiles)),
+    )  # fmt: skip
+    num_lanes = num_slices * SLICE
     return Arranged(
-        columns, lengths, rows[: num_slices * SLICE].copy(), starts[: num_slices + 1].copy(), tiles, row_block
-    )
+        columns, lengths, sorted_lengths[:num_lanes], rows[:num_lanes].copy(), starts[: num_slices + 1].copy(), tiles,
+        row_block,
+    )  # fmt: skip
 
 
 def _arrange(places: NDArray[Any], num_rows: int, num_columns: int, row_block: int) -> Arranged | None:
@@ -201,8 +203,11 @@ def _arrange(places: NDArray[Any], num_rows: int, num_columns: int, row_block: i
     starts = np.concatenate([[0], np.cumsum(depth[is_slice])]).astype(np.int64)
     tiles = np.concatenate([[0], np.cumsum(is_slice.sum(1))]).astype(np.int64)
     lanes = np.where(descending > 0, order, row_block).astype(np.int16)
-    rows = lanes.reshape(*is_slice.shape, SLICE)[is_slice]
+    rows, of_rows = (lanes_of.reshape(*is_slice.shape, SLICE)[is_slice] for lanes_of in (lanes, descending))
 
     columns = (column_of - tile_of * TILE_COLUMNS).astype(np.uint8)
     of_runs = lengths.astype(np.uint8).reshape(num_rows, num_tiles)
-    return Arranged(columns, of_runs, np.ascontiguousarray(rows).reshape(-1), starts, tiles, row_block)
+    return Arranged(
+        columns, of_runs, of_rows.astype(np.uint8).reshape(-1), np.ascontiguousarray(rows).reshape(-1), starts, tiles,
+        row_block,
+    )  # fmt: skip
