@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from squall.kernels import native
@@ -21,31 +22,46 @@ from squall.kernels.sparse_linear import pack_codes, pack_gaps, pack_values
 from .coding import CompressedFileError, file, streams
 from .coding.state import read_coded
 from .coding.tensors import CodedTensor, Live, LiveGaps
+from .fusing import follow_without_tensors
 from .sparse_layers import MOST_CODES, SparseConv2d, SparseLinear, padding_of
 
 DENSEST = 0.7  # share of live weights above which nobody needs to measure
 
 
-def assemble(module: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, tuple[nn.Module, float]]]:
+class Assembled(NamedTuple):
+    """A module with the weights of a file.
+
+    Args:
+        module: In evaluation mode.
+        layers: Its linear layers and convolutions by name, sparse or dense, with their densities.
+        graph: What it does; None if that isn't known yet.
+
+    """
+
+    module: nn.Module
+    layers: dict[str, tuple[nn.Module, float]]
+    graph: fx.Graph | None
+
+
+def assemble(module: nn.Module, path: str | os.PathLike[str]) -> Assembled:
     """Make a copy of a module with the weights of a file.
 
     Args:
         module: Its own weights don't matter, and may be on the meta device.
         path: What :func:`~squall.sparsity.save_compressed` has written.
 
-    Returns:
-        The copy, in evaluation mode; and its linear layers and convolutions by name, sparse or dense, with their
-        densities.
-
     Raises:
         CompressedFileError: The file is damaged.
         ValueError: It isn't of this module.
 
     """
-    entries = read_coded(path)
+    file.expect(path)
+    # Until the file is there, whatever needs nothing of it.
     expected = module.state_dict(keep_vars=True)
-    _check_fit(module, expected, entries, path)
     result = _copy_without(module, expected).eval()
+    graph = follow_without_tensors(result)
+    entries = read_coded(path)
+    _check_fit(module, expected, entries, path)
     layers = _find_layers(result, entries)
     streams.decode_together([stream for entry in entries.values() for stream in file.streams_of(entry)])
     own = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
@@ -57,7 +73,8 @@ def assemble(module: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Module
                 entries[keys[name]] = made.weight
             else:
                 del entries[keys[name]]
-                sparse[name] = made.layer.to(_device(own[keys[name]]))
+                device = _device(own[keys[name]])
+                sparse[name] = made.layer if device.type == "cpu" else made.layer.to(device)
             found[name] = sparse.get(name, layers[name]), made.density
         _load(result, own, entries)
     for name, layer in sparse.items():
@@ -66,7 +83,7 @@ def assemble(module: nn.Module, path: str | os.PathLike[str]) -> tuple[nn.Module
         layer.register_buffer("bias", None if bias is None else bias.detach())
         if name:
             setattr(result.get_submodule(parent), child, layer)
-    return sparse.get("", result), found
+    return Assembled(sparse[""], found, None) if "" in sparse else Assembled(result, found, graph)
 
 
 def copy_module(module: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
@@ -91,8 +108,6 @@ def _check_fit(
     """Refuse a file that isn't the module's, before anything is decoded."""
     name = type(module).__name__
     for key, own in expected.items():
-        if isinstance(own, UninitializedParameter):
-            raise ValueError(f"{key} has no shape yet: run the module once, on any input of the right size.")
         if key not in entries:
             raise ValueError(f"{path} has no {key!r}, which {name} has: is the file of another module?")
         stored = entries[key]
@@ -113,7 +128,9 @@ def _check_fit(
 def _copy_without(module: nn.Module, expected: Mapping[str, Any]) -> nn.Module:
     """Copy a module, but for the memory of what the file has."""
     empty: dict[int, Tensor] = {}
-    for own in expected.values():
+    for key, own in expected.items():
+        if isinstance(own, UninitializedParameter):
+            raise ValueError(f"{key} has no shape yet: run the module once, on any input of the right size.")
         if isinstance(own, nn.Parameter):
             empty[id(own)] = nn.Parameter(torch.empty_like(own, device="meta"), requires_grad=False)
         elif isinstance(own, Tensor):
@@ -122,8 +139,9 @@ def _copy_without(module: nn.Module, expected: Mapping[str, Any]) -> nn.Module:
 
 
 def _find_layers(result: nn.Module, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Find the layers that can be sparse: no subclass, no hooks, and weights that nobody else has."""
-    owners = Counter(id(part) for layer in result.modules() for part in layer._parameters.values())
+    """Find the layers that can be sparse: no subclass, no hooks, one name, and weights that nobody else has."""
+    everywhere = result.named_modules(remove_duplicate=False)
+    owners = Counter(id(part) for _, layer in everywhere for part in layer._parameters.values())
     layers: dict[str, Any] = {}
     for name, layer in result.named_modules():
         if type(layer) not in (nn.Linear, nn.Conv2d) or layer._forward_hooks or layer._forward_pre_hooks:
@@ -158,7 +176,10 @@ class _Made(NamedTuple):
 def _make_all(
     layers: Mapping[str, tuple[Any, str]], entries: Mapping[str, CodedTensor], own: Mapping[str, Tensor]
 ) -> dict[str, _Made]:
-    """Decode layers' weights, given with their keys; on threads, if there are any: hardly any of it is Python."""
+    """Decode layers' weights, given with their keys; on threads, if there are any: hardly any of it is Python.
+
+    Nor does much of it call torch, which would start threads of its own on each of these.
+    """
     works = {name: partial(_make, layer, key, entries[key], own[key].dtype) for name, (layer, key) in layers.items()}
     num_threads = torch.get_num_threads()
     if num_threads == 1:
@@ -198,10 +219,10 @@ def _linear(layer: nn.Linear, gaps: LiveGaps, dtype: torch.dtype) -> SparseLinea
 def _sparse(layer: Any, live: Live) -> nn.Module:
     """Make a sparse layer of the same function; without a bias yet."""
     if isinstance(layer, nn.Conv2d):
+        positions = torch.from_numpy(live.positions.numpy().astype(np.int64))
         return SparseConv2d(
-            live.each(), live.positions.long(), live.shape, None, layer.stride, padding_of(layer), layer.dilation,
-            layer.groups,
-        )  # fmt: skip
+            live.each(), positions, live.shape, None, layer.stride, padding_of(layer), layer.dilation, layer.groups
+        )
     shape = layer.out_features, layer.in_features
     if live.codes is not None and len(live.values) <= MOST_CODES:
         return SparseLinear(pack_codes(live.positions, live.codes.to(torch.uint8), live.values, shape))

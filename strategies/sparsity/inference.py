@@ -154,13 +154,13 @@ def to_inference(
         raise ValueError("to_inference needs an example_input, to measure with, or the path of a compressed file.")
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     memory.let_freed_blocks_stay()  # or what dense layers take would hang on what was run before
-    faster = dict[nn.Module, nn.Module]()
+    faster, graph = dict[nn.Module, nn.Module](), None
     if path is None:
         result = copy_module(module, {}).eval()
         report = _measure_all(result, arguments, num_runs, faster)
         result = faster.get(result, result)
     else:
-        result, layers = assemble(module, path)
+        result, layers, graph = assemble(module, path)
         report = InferenceReport(_unmeasured(name, *layer) for name, layer in layers.items())
     for parent in list(result.modules()):
         for name, child in list(parent.named_children()):
@@ -168,7 +168,7 @@ def to_inference(
                 setattr(parent, name, faster[child])
             elif type(child) is nn.MaxPool2d and not child.return_indices and not child._forward_hooks:
                 setattr(parent, name, MaxPool2d(child))
-    result = fuse_relu(result).eval()
+    result = fuse_relu(result, graph).eval()
     for parameter in result.parameters():
         parameter.requires_grad_(False)
     if path is not None and example_input is not None:

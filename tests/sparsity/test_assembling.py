@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from squall.sparsity import (
 from squall.sparsity.coding import streams
 from squall.sparsity.coding.state import read_coded
 from squall.sparsity.coding.ways import COLUMNS
+from squall.sparsity.fusing import follow_without_tensors
 from squall.sparsity.sparse_layers import SparseConv2d, SparseLinear
 from tests.sparsity.test_inference import NETS
 
@@ -121,6 +124,90 @@ def test_any_module(net: Any, shape: tuple[int, ...], tmp_path: Path) -> None:
     assert "sparse" in str(fast.inference_report)
 
 
+def _in_vain(net: Any, x: Tensor) -> Tensor:
+    try:
+        return x * net.scale
+    except LookupError:
+        return x
+
+
+def _keeps(net: Any, x: Tensor) -> Tensor:
+    if not hasattr(net, "kept"):
+        net.kept = list(net.buffers(recurse=False))
+    return x + net.kept[0]
+
+
+WAYS = {
+    "doesn't": lambda net, x: x,
+    "asks for what isn't there": lambda net, x: x + 2 if hasattr(net, "offsets") else x,
+    "uses": lambda net, x: x * net.scale + net.offset,
+    "computes": lambda net, x: x * (net.scale + 1),
+    "tries": _in_vain,
+    "keeps": _keeps,
+    "asks": lambda net, x: x if net.offset is None else x + 2,
+    "asks for one": lambda net, x: x if getattr(net, "offset", None) is None else x + 2,
+    "counts": lambda net, x: x + len(list(net.parameters(recurse=False))),
+    "goes to it": lambda net, x: x.to(next(net.parameters()).device) + 2,
+    "asks where it is": lambda net, x: x + 2 if next(net.parameters()).device.type == "cpu" else x,
+    "asks what it is": lambda net, x: x + 2 if all(isinstance(own, Tensor) for own in net.parameters()) else x,
+    "asks how large": lambda net, x: x + sum(bool(own.sum() > 2) for own in net.buffers(recurse=False)),
+    "looks behind": lambda net, x: x + 2 if net._buffers["offset"].sum() > 2 else x,
+    "looks for any": lambda net, x: x + 2 if net._buffers else x,
+    "has them all": lambda net, x: x + len({**net._buffers, **net._parameters}),
+    "looks into the state": lambda net, x: x + 2 if "offset" in net.state_dict() else x,
+    "branches": lambda net, x: x + 2 if net.offset.sum() > 2 else x,
+}
+QUIET = {"doesn't", "asks for what isn't there"}
+"""Those that look at nothing."""
+
+
+class Looking(nn.Module):
+    """A net whose forward looks at tensors of its own, which may not be there yet when it is followed."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.fc1, self.fc2 = nn.Linear(700, 60), nn.Linear(60, 30)
+        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("offset", torch.ones(60))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(WAYS[self.way](self, F.relu(self.fc1(x))))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_forward_that_looks_at_tensors_finds_them(way: str, tmp_path: Path) -> None:
+    dense = pruned(Looking(way))
+    with torch.device("meta"):
+        empty = Looking(way)
+    own = {**dict(empty.named_parameters()), **dict(empty.named_buffers())}
+    graph = follow_without_tensors(empty)
+    assert (graph is None) == (way not in QUIET)
+    assert all(value is own[name] for name, value in (*empty.named_parameters(), *empty.named_buffers())), "put back"
+    fast, x = to_inference(empty, path=save(dense, tmp_path), show=False), torch.randn(2, 700)
+    torch.testing.assert_close(fast(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert fast.fc1.relu, "and its ReLU is fused all the same"
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_its_memory_goes_with_it(from_file: bool, tmp_path: Path) -> None:
+    """Not when garbage is collected: torch.fx ties modules into knots."""
+    dense = pruned(Looking("doesn't"))
+    path = save(dense, tmp_path) if from_file else None
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        fast: Any = to_inference(dense, torch.ones(2, 700), path=path, show=False)
+        parts = [weakref.ref(part) for part in fast.modules()]
+        is_owner = fast.graph.owning_module.get_submodule("fc1") is fast.fc1
+        del fast
+        assert is_owner
+        assert [type(part()).__name__ for part in parts if part() is not None] == []
+    finally:
+        if collects:
+            gc.enable()
+
+
 @pytest.mark.parametrize("bits", [None, 4, 9])
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("isa", dict.fromkeys([native.isa(), "torch"]))
@@ -171,11 +258,12 @@ def test_shared_hooked_and_odd_layers_stay_dense(tmp_path: Path) -> None:
             self.seen: list[Tensor] = []
             self.hooked = nn.Linear(40, 40)
             self.plain = nn.Linear(40, 40)
+            self.twice = self.again = nn.Linear(40, 40)
             self.last = nn.Linear(40, 60)
             self.last.weight = self.embedding.weight
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.plain(self.hooked(self.embedding(x))))
+            return self.last(self.twice(self.again(self.plain(self.hooked(self.embedding(x))))))
 
     dense, empty, x = pruned(Tied()), Tied(), torch.arange(8)
     empty.hooked.register_forward_hook(lambda layer, given, result: result * 2)
@@ -184,6 +272,7 @@ def test_shared_hooked_and_odd_layers_stay_dense(tmp_path: Path) -> None:
     dense.hooked.register_forward_hook(lambda layer, given, result: result * 2)
     torch.testing.assert_close(fast(x), dense(x), rtol=1e-4, atol=1e-5)
     assert fast.embedding.weight.data_ptr() == fast.last.weight.data_ptr()
+    assert fast.twice is fast.again
 
 
 def test_numbers_are_the_modules(tmp_path: Path) -> None:
