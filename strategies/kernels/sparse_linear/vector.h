@@ -76,7 +76,7 @@ VBMI_TARGET SQUALL_INLINE void look_up_wide(__m512i index, const __m512i *t, con
 /* Ask for steps further on, by far for codes, which are soon read: slices are too short for the processor to foresee. */
 VBMI_TARGET SQUALL_INLINE void prefetch(const struct linear *w, int64_t slot, const int codes)
 {
-    const int64_t ahead = slot + (codes ? 256 : 32) * SLICE;
+    const int64_t ahead = slot + (codes ? 96 : 32) * SLICE;
     __builtin_prefetch(w->columns + ahead);
     if (codes)
         __builtin_prefetch(w->codes + ahead);
