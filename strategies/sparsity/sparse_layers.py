@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from squall.kernels import max_pool2d, sparse_conv2d, sparse_linear
 from squall.kernels.sparse_linear import PackedWeight, pack_codes, pack_values
 
 MOST_CODES = 256
+_FIELDS = PackedWeight._fields
 
 
 class SparseConv2d(nn.Module):
@@ -150,13 +152,12 @@ class SparseLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weights."""
-        parts = {name: getattr(self, name) for name in PackedWeight._fields if name not in self._numbers}
-        return PackedWeight(**parts, **self._numbers)
+        there: dict[str, Any] = {**self._buffers, **self._numbers}  # as attributes they'd be looked for elsewhere first
+        return PackedWeight(*[there[name] for name in _FIELDS])
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x``, shape (..., inputs)."""
-        result: Tensor = sparse_linear(x, self.packed, self.bias, self.relu)
-        return result
+        return sparse_linear(x, self.packed, self.bias, self.relu)
 
     @property
     def num_bytes(self) -> int:

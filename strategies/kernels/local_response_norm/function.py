@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from squall.kernels.native.direct import is_direct
+
 from . import op
 
 
@@ -57,5 +59,6 @@ def local_response_norm(
         raise ValueError(f"size must be at least 1 channel, got {size}")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups={groups} doesn't divide the {x.shape[1]} channels of x; give a divisor")
-    result: Tensor = op.local_response_norm(x, size, float(alpha), float(beta), float(k), groups, relu)
+    run = op.normalise if is_direct(x) else op.local_response_norm
+    result: Tensor = run(x, size, float(alpha), float(beta), float(k), groups, relu)
     return result

@@ -42,9 +42,8 @@ def _native(x: Tensor, grad: Tensor | None, window: Window, relu: bool) -> Tenso
     return result
 
 
-@torch.library.custom_op("squall::local_response_norm", mutates_args=())
-def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int, relu: bool) -> Tensor:
-    """Normalise; arguments as of :func:`squall.kernels.local_response_norm`."""
+def normalise(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int, relu: bool) -> Tensor:
+    """Normalise; arguments as of :func:`squall.kernels.local_response_norm`. The op's function."""
     window = Window(size, alpha, beta, k, groups)
     if native.serves(x):
         return _native(x, None, window, relu)
@@ -53,6 +52,9 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 
         return triton_path(x, None, window, relu)
     return torch_forward(x.relu() if relu else x, window)
+
+
+local_response_norm = torch.library.custom_op("squall::local_response_norm", normalise, mutates_args=())
 
 
 @torch.library.custom_op("squall::local_response_norm_backward", mutates_args=())

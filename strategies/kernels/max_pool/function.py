@@ -13,6 +13,7 @@ from torch import Tensor
 
 from squall.kernels import native
 from squall.kernels.native import memory
+from squall.kernels.native.direct import is_direct
 from squall.kernels.pairs import pair
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
@@ -59,7 +60,8 @@ def max_pool2d(
         "dilation": dilation,
     }  # fmt: skip
     pairs = [pair(name, value) for name, value in given.items()]
-    result: Tensor = _max_pool2d(x, *pairs, ceil_mode)
+    maxima: Any = _maxima if is_direct(x) else _max_pool2d
+    result: Tensor = maxima(x, *pairs, ceil_mode)
     return result
 
 
@@ -69,8 +71,7 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op("squall::max_pool2d", mutates_args=(), schema=_SCHEMA)
-def _max_pool2d(
+def _maxima(
     x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> Tensor:
     if not native.serves(x, dtypes=native.SINGLE) or not x.is_contiguous() or not x.numel():
@@ -85,6 +86,9 @@ def _max_pool2d(
         *y.shape[-2:], *kernel_size, *stride, *padding, *dilation, num_threads,
     )  # fmt: skip
     return y
+
+
+_max_pool2d = torch.library.custom_op("squall::max_pool2d", _maxima, mutates_args=(), schema=_SCHEMA)
 
 
 @functools.lru_cache(maxsize=256)

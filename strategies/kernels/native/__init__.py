@@ -122,7 +122,12 @@ def serves(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = BOTH) -> bo
         dtypes: What it was compiled for.
 
     """
-    return _isa != TORCH and all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in tensors)
+    if _isa == TORCH:
+        return False
+    for tensor in tensors:  # noqa: SIM110 -- a generator takes longer, and this is asked for each layer
+        if not tensor.is_cpu or tensor.dtype not in dtypes:
+            return False
+    return True
 
 
 def serves_rows(*rows: torch.Tensor | None) -> bool:

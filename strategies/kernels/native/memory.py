@@ -60,7 +60,7 @@ def workspace(num: int, name: str) -> Tensor:
     if 4 * num > _MOST_KEPT:
         return in_large_pages(torch.empty(num, dtype=torch.float32, device="cpu"))
     kept = getattr(_own, name, None)
-    if kept is None or len(kept) < num:
+    if kept is None or kept.shape[0] < num:
         with torch.inference_mode(False):  # it may be written to outside of it later
             kept = in_large_pages(torch.empty(num, dtype=torch.float32, device="cpu"))
         setattr(_own, name, kept)

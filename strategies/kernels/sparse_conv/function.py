@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from squall.kernels.native.direct import is_direct
 from squall.kernels.pairs import pair
 
 from . import op
@@ -86,6 +87,8 @@ def sparse_conv2d(
     sizes = op.sizes_of(tuple(x.shape), shape, pairs["stride"], pairs["padding"], pairs["dilation"], groups)
     if sizes.out_height < 1 or sizes.out_width < 1:
         raise ValueError(f"the kernel, {shape[2]} x {shape[3]}, is larger than x, {x.shape[2]} x {x.shape[3]}, padded")
+    if is_direct(x, values, positions, bias):
+        return op.convolve(x, values, positions, bias, sizes, relu)
     result: Tensor = op.sparse_conv2d(
         x, values, positions, bias, shape, pairs["stride"], pairs["padding"], pairs["dilation"], groups, relu
     )

@@ -73,12 +73,12 @@ def convolve(x: Tensor, values: Tensor, plan: Plan, bias: Tensor | None, relu: b
     for part, out in zip(_parts(x, plan), _parts(y, plan), strict=True):
         packed = pack(part, packing, sizes.stride)
         if plan.num_staged:
-            staged = memory.workspace(-(-len(part) // lanes.images) * plan.num_staged, "staged")
+            staged = memory.workspace(-(-part.shape[0] // lanes.images) * plan.num_staged, "staged")
             places = memory.workspace(lanes.height * sizes.out_width, "places")
         _conv_kernel(
             packed.data_ptr(), values.data_ptr(), plan.offsets.data_ptr(), plan.starts.data_ptr(),
             native.pointer(bias), out.data_ptr(), scratch.data_ptr(), native.pointer(staged), native.pointer(places),
-            num_scratch, len(part), lanes.num, lanes.images, lanes.strips, sizes.groups, num_inputs,
+            num_scratch, part.shape[0], lanes.num, lanes.images, lanes.strips, sizes.groups, num_inputs,
             num_outputs // sizes.groups, plan.num_blocks, plan.block_size, sizes.out_height, lanes.height,
             sizes.out_width, packing.pitch, *plan.tile, plan.row_tiles, packing.guard, packing.channel_size, relu,
             num_threads,

@@ -80,24 +80,26 @@ def check_positions(positions: Tensor, num_weights: int) -> None:
         ValueError: They aren't as they should be.
 
     """
-    kept = _of(positions)
+    _check(_of(positions), num_weights)
+
+
+def _check(kept: _Kept, num_weights: int) -> None:
     if not kept.ascends or kept.end > num_weights:
         raise ValueError(f"positions must ascend from 0 or more to {num_weights - 1} or less, without repetition")
 
 
-def _plan(positions: Tensor, sizes: Sizes, key: Tensor | None = None) -> Plan:
-    plans = _of(positions if key is None else key).plans
-    name = (sizes, native.isa(), key is None)
-    if name not in plans:
-        if len(plans) >= _MOST_PLANS:
-            del plans[next(iter(plans))]
-        plans[name] = make_plan(positions, sizes)
-    return plans[name]
+def _plan(kept: _Kept, positions: Tensor, sizes: Sizes, is_turned: bool = False) -> Plan:
+    name = (sizes, native.isa(), is_turned)
+    plan = kept.plans.get(name)
+    if plan is None:
+        if len(kept.plans) >= _MOST_PLANS:
+            del kept.plans[next(iter(kept.plans))]
+        plan = kept.plans[name] = make_plan(positions, sizes)
+    return plan
 
 
-def _ordered(values: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+def _ordered(values: Tensor, kept: _Kept, plan: Plan) -> Tensor:
     """Bring values into a plan's order; once, as long as they stay the same."""
-    kept = _of(positions)
     if kept.ordered is not None:
         of, version, for_plan, ordered = kept.ordered
         if of() is values and version == _version(values) and for_plan is plan:
@@ -153,13 +155,19 @@ def sparse_conv2d(
     relu: bool,
 ) -> Tensor:
     """Convolve; arguments as of :func:`squall.kernels.sparse_conv2d`."""
-    check_positions(positions, math.prod(weight_shape))
     sizes = sizes_of(tuple(x.shape), weight_shape, stride, padding, dilation, groups)
+    return convolve(x, values, positions, bias, sizes, relu)
+
+
+def convolve(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None, sizes: Sizes, relu: bool) -> Tensor:
+    """Do what the op does."""
+    kept = _of(positions)
+    _check(kept, math.prod(sizes.weight))
     if not _serves(sizes, x, values):
         return torch_path.convolve(x, values, positions, sizes, bias, relu).contiguous()
-    plan = _plan(positions, sizes)
+    plan = _plan(kept, positions, sizes)
     bias = None if bias is None else bias.contiguous()
-    return native_path.convolve(x.contiguous(), _ordered(values, positions, plan), plan, bias, relu)
+    return native_path.convolve(x.contiguous(), _ordered(values, kept, plan), plan, bias, relu)
 
 
 @torch.library.custom_op("squall::sparse_conv2d_backward", mutates_args=(), schema=_BACKWARD)
@@ -183,7 +191,7 @@ def sparse_conv2d_backward(
     if wants_x:
         by_x = _input_gradient(grad, values, positions, sizes, serves).contiguous()
     if wants_values and serves:
-        plan = _plan(positions, sizes)
+        plan = _plan(_of(positions), positions, sizes)
         by_values = plan.in_positions(native_path.weight_gradient(x.contiguous(), grad, plan))
     elif wants_values:
         by_values = torch_path.weight_gradient(x, grad, positions, sizes)
@@ -193,18 +201,19 @@ def sparse_conv2d_backward(
 def _input_gradient(grad: Tensor, values: Tensor, positions: Tensor, sizes: Sizes, serves: bool) -> Tensor:
     if not serves or sizes.stride != (1, 1):  # strided ones are few, and would be a scatter
         return torch_path.input_gradient(grad, values, positions, sizes)
-    turned = _turn(positions, sizes)
+    kept = _of(positions)
+    turned = _turn(kept, positions, sizes)
     outputs, inputs, *kernel = sizes.weight
     shape = [inputs * sizes.groups, outputs // sizes.groups, *kernel]
     padding = [d * (k - 1) - p for d, k, p in zip(sizes.dilation, kernel, sizes.padding, strict=True)]
     turned_sizes = sizes_of(tuple(grad.shape), shape, [1, 1], padding, list(sizes.dilation), sizes.groups)
-    plan = _plan(turned.positions, turned_sizes, key=positions)
+    plan = _plan(kept, turned.positions, turned_sizes, is_turned=True)
     return native_path.convolve(grad, plan.ordered(values.index_select(0, turned.order)), plan, None, relu=False)
 
 
-def _turn(positions: Tensor, sizes: Sizes) -> _Turned:
+def _turn(kept: _Kept, positions: Tensor, sizes: Sizes) -> _Turned:
     """Exchange a weight's inputs and outputs within each group, and turn its kernels by half a circle."""
-    turned, name = _of(positions).turned, (sizes.weight, sizes.groups)
+    turned, name = kept.turned, (sizes.weight, sizes.groups)
     if name not in turned:
         outputs, inputs, height, width = sizes.weight
         per_group, area = outputs // sizes.groups, height * width

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from squall.kernels.native.direct import is_direct
+
 from . import op
 from .packed import LivePositions, PackedWeight
 
@@ -35,9 +37,12 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, r
     _check(x, bias, packed, packed.values)
     if packed.values.requires_grad:
         raise ValueError("packed.values requires a gradient, which sparse_linear has none for; use sparse_linear_live")
-    numbers = packed.num_rows, packed.num_columns, packed.row_block, packed.num_live
-    y: Tensor = op.sparse_linear(_flat(x), *packed[:6], *numbers, bias, relu)
-    return y.view(*x.shape[:-1], packed.num_rows)
+    rows = x if x.ndim == 2 else _flat(x)
+    if is_direct(rows, packed.values, bias):
+        y = op.multiply(rows, packed, bias, relu)
+    else:
+        y = op.sparse_linear(rows, *packed, bias, relu)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], packed.num_rows)
 
 
 def sparse_linear_live(
@@ -127,10 +132,15 @@ def _flat(x: Tensor) -> Tensor:
 def _check(x: Tensor, bias: Tensor | None, packed: PackedWeight, values: Tensor) -> None:
     if x.ndim < 1 or x.shape[-1] != packed.num_columns:
         raise ValueError(f"x must have {packed.num_columns} inputs as its last dimension, got shape {tuple(x.shape)}")
-    if bias is not None and bias.shape != (packed.num_rows,):
-        raise ValueError(f"bias must have shape ({packed.num_rows},), got {tuple(bias.shape)}")
-    for name, given in (("x", x), ("bias", bias)):
-        if given is not None and (given.dtype != values.dtype or given.device != values.device):
-            raise ValueError(
-                f"{name} must be {values.dtype} on {values.device} as the weights, got {given.dtype} on {given.device}"
-            )
+    _check_like("x", x, values)
+    if bias is not None:
+        if bias.shape != (packed.num_rows,):
+            raise ValueError(f"bias must have shape ({packed.num_rows},), got {tuple(bias.shape)}")
+        _check_like("bias", bias, values)
+
+
+def _check_like(name: str, given: Tensor, values: Tensor) -> None:
+    if given.dtype != values.dtype or given.device != values.device:
+        raise ValueError(
+            f"{name} must be {values.dtype} on {values.device} as the weights, got {given.dtype} on {given.device}"
+        )

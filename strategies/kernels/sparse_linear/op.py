@@ -29,12 +29,16 @@ def _in_lanes(batch: int) -> int:
     return -(-batch // 16) * 16
 
 
-def _parts(packed: PackedWeight) -> list[int | None]:
-    return [native.pointer(part) for part in packed[:6]]
+def _parts(packed: PackedWeight) -> tuple[int | None, ...]:
+    columns, codes, values, rows, starts, tiles = packed[:6]
+    return (
+        columns.data_ptr(), None if codes is None else codes.data_ptr(), values.data_ptr(), rows.data_ptr(),
+        starts.data_ptr(), tiles.data_ptr(),
+    )  # fmt: skip
 
 
 def _is_native(packed: PackedWeight, *tensors: Tensor) -> bool:
-    return native.serves(packed.values, *tensors) and packed.columns.device.type == "cpu"
+    return native.serves(packed.values, *tensors) and packed.columns.is_cpu
 
 
 @torch.library.custom_op("squall::sparse_linear", mutates_args=())
@@ -55,6 +59,11 @@ def sparse_linear(
 ) -> Tensor:
     """Compute ``x @ weight.T + bias`` of a packed matrix; ``x`` is ``(batch, inputs)``."""
     packed = PackedWeight(columns, codes, values, rows, starts, tiles, num_rows, num_columns, row_block, num_live)
+    return multiply(x, packed, bias, relu)
+
+
+def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, relu: bool) -> Tensor:
+    """Do what the op does."""
     if not _is_native(packed, x):
         if len(x) == 1 and x.dtype == torch.float32 and triton_serves(x):
             from .triton_path import triton_forward
@@ -63,20 +72,23 @@ def sparse_linear(
         return torch_forward(x, packed, bias, relu)
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    batch, num_threads = len(x), torch.get_num_threads()
+    num_rows, num_columns, row_block, _ = packed[6:]
+    batch, num_threads = x.shape[0], torch.get_num_threads()
     y = x.new_empty(batch, num_rows)
-    if not y.numel():
+    if not batch or not num_rows:
         return y
-    num_tiles, one = -(-num_columns // TILE_COLUMNS), batch <= ONE_AT_A_TIME
-    num_own = _in_lanes(row_block + 1) if one else (row_block + 1) * _LANES
-    shared = x.new_empty(max(1, (batch if one else _in_lanes(batch)) * num_tiles * _TILE))
-    num_blocks = -(-num_rows // row_block)
-    num_parts = max(1, min(num_tiles, _MOST_PARTS, len(columns) // (num_blocks * _PART_SLOTS))) if one else 1
-    own = x.new_empty((num_blocks * batch * num_parts if one else num_threads) * num_own)
+    num_tiles, num_blocks = -(-num_columns // TILE_COLUMNS), -(-num_rows // row_block)
+    one = batch <= ONE_AT_A_TIME
+    if one:
+        num_parts = max(1, min(num_tiles, _MOST_PARTS, packed.columns.shape[0] // (num_blocks * _PART_SLOTS)))
+        num_shared, num_own, num_owners = batch, _in_lanes(row_block + 1), num_blocks * batch * num_parts
+    else:
+        num_parts, num_shared, num_own, num_owners = 1, _in_lanes(batch), (row_block + 1) * _LANES, num_threads
+    shared, own = x.new_empty(max(1, num_shared * num_tiles * _TILE)), x.new_empty(num_owners * num_own)
     _forward(
-        *_parts(packed), x.data_ptr(), native.pointer(bias), y.data_ptr(), shared.data_ptr(), own.data_ptr(), num_own,
-        values.numel(), num_rows, num_columns, row_block, batch, num_parts, relu, one, x.dtype == torch.float64,
-        num_threads,
+        *_parts(packed), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), shared.data_ptr(),
+        own.data_ptr(), num_own, packed.values.shape[0], num_rows, num_columns, row_block, batch, num_parts, relu, one,
+        x.dtype == torch.float64, num_threads,
     )  # fmt: skip
     return y
 
