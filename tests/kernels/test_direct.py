@@ -135,6 +135,8 @@ def test_it_traces_and_compiles(name: str) -> None:
     exported = torch.export.export(_Layer(name), (x,), strict=False)
     assert any("squall" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x), expected)
+    graph = torch.jit.trace(KERNELS[name], x, check_trace=False).graph
+    assert f"squall::{name}" in str(graph)
     compiled = torch.compile(KERNELS[name], fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x), expected)
