@@ -1,8 +1,30 @@
-"""Arguments of two dimensions, as torch takes them: one number for both, or two."""
+"""Arguments as torch takes them: whole numbers, and of two dimensions one for both, or two."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+
+
+def whole(name: str, value: int) -> int:
+    """Make an ``int`` of a whole number of any type.
+
+    Args:
+        name: Of the argument, for the message.
+        value: The number.
+
+    Raises:
+        TypeError: It isn't one.
+
+    Example:
+        >>> whole("groups", True)
+        1
+
+    """
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def pair(name: str, value: int | Sequence[int]) -> list[int]:
@@ -20,7 +42,7 @@ def pair(name: str, value: int | Sequence[int]) -> list[int]:
         ([2, 2], [0, 1])
 
     """
-    numbers = [value, value] if isinstance(value, int) else [int(number) for number in value]
+    numbers = [int(value)] * 2 if isinstance(value, int) else [int(number) for number in value]
     if len(numbers) != 2:
         raise ValueError(f"{name} must be one number or two, got {value!r}")
     return numbers

@@ -152,7 +152,8 @@ class SparseLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weights."""
-        there: dict[str, Any] = {**self._buffers, **self._numbers}  # as attributes they'd be looked for elsewhere first
+        # As attributes they'd be looked for elsewhere first. Whoever assigns a parameter has it among these.
+        there: dict[str, Any] = {**self._parameters, **self._buffers, **self._numbers}
         return PackedWeight(*[there[name] for name in _FIELDS])
 
     def forward(self, x: Tensor) -> Tensor:

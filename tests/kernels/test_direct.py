@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from squall.kernels import local_response_norm, max_pool2d, native, sparse_conv2
 from squall.kernels.native import direct
 from squall.kernels.native.direct import is_direct
 from squall.kernels.sparse_linear import pack_dense
+from squall.sparsity.sparse_layers import SparseLinear
 
 WEIGHT = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.arange(0, WEIGHT.numel(), 5)
@@ -88,9 +90,12 @@ def test_modes_see_ops(name: str) -> None:
     assert function.num > 0
 
 
+@pytest.mark.parametrize("all_threads", [False, True])
 @pytest.mark.parametrize("name", KERNELS)
-def test_profilers_see_ops(name: str) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+def test_profilers_see_ops(name: str, all_threads: bool) -> None:
+    how = torch._C._profiler._ExperimentalConfig(profile_all_threads=all_threads)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, experimental_config=how) as profiler:
         KERNELS[name](images())
     assert any(f"squall::{name}" in event.key for event in profiler.key_averages())
 
@@ -121,6 +126,57 @@ def test_each_tensor_has_a_say() -> None:
     assert bias.grad is not None
 
 
+class _Watching(Tensor):
+    """A subclass that counts the project's ops."""
+
+    num: ClassVar[int] = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _Watching.num += "squall" in str(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["columns", "values", "rows", "starts", "tiles"])
+def test_each_part_of_a_matrix_has_a_say(name: str) -> None:
+    x, before = images(), _Watching.num
+    packed = PACKED._replace(**{name: getattr(PACKED, name).as_subclass(_Watching)})
+    torch.testing.assert_close(sparse_linear(x, packed).as_subclass(Tensor), sparse_linear(x, PACKED))
+    assert _Watching.num > before
+
+
+YES: tuple[Any, ...] = (True, 1, 1 << 32, np.bool_(True))
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_numbers_of_other_types(is_direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the dispatcher takes them: whether a gradient is wanted can't decide that."""
+    if not is_direct:
+        monkeypatch.setattr(direct, "_can_tell", False)
+    x = images()
+    for yes in YES:
+        for result in (
+            local_response_norm(x, np.int64(3), relu=yes, groups=np.int64(2)),
+            sparse_conv2d(x, VALUES, POSITIONS, WEIGHT.shape, padding=1, groups=np.int64(1), relu=yes),
+            sparse_linear(x, PACKED, relu=yes),
+        ):
+            assert result.min() == 0
+        assert max_pool2d(x, 2, ceil_mode=yes).shape[-1] == 3
+    assert max_pool2d(x, True).shape == x.shape
+    with pytest.raises(TypeError, match=r"size must be a whole number, got 3\.0"):
+        local_response_norm(x, 3.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"groups must be a whole number, got 1\.0"):
+        sparse_conv2d(x, VALUES, POSITIONS, WEIGHT.shape, groups=1.0)  # type: ignore[arg-type]
+
+
+def test_a_layer_s_parts_may_be_parameters() -> None:
+    layer, x = SparseLinear(PACKED), images()
+    expected, state_dict = layer(x), layer.state_dict()
+    state_dict["values"] = nn.Parameter(state_dict["values"], requires_grad=False)
+    layer.load_state_dict(state_dict, assign=True)
+    assert torch.equal(layer(x), expected)
+
+
 def test_what_is_negative_by_a_bit_alone() -> None:
     parts = torch.complex(torch.zeros(2, 4, 5, 5), images()).conj().imag
     assert parts.is_neg()
@@ -128,7 +184,7 @@ def test_what_is_negative_by_a_bit_alone() -> None:
         torch.testing.assert_close(kernel(parts), kernel(-images()))
 
 
-@pytest.mark.parametrize("name", ["sparse_conv2d", "sparse_linear"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_it_traces_and_compiles(name: str) -> None:
     x = images()
     expected = KERNELS[name](x)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from squall.kernels.native.direct import is_direct
+from squall.kernels.pairs import whole
 
 from . import op
 
@@ -40,6 +41,7 @@ def local_response_norm(
         A tensor like ``x``.
 
     Raises:
+        TypeError: ``size`` or ``groups`` isn't a whole number.
         ValueError: ``x`` has no channels or isn't floating-point, ``size`` is below 1, or ``groups`` doesn't divide the
             channels.
 
@@ -55,10 +57,11 @@ def local_response_norm(
         raise ValueError(f"x must have a batch and a channel dimension, (N, C, ...), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
+    size, groups = whole("size", size), whole("groups", groups)
     if size < 1:
         raise ValueError(f"size must be at least 1 channel, got {size}")
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups={groups} doesn't divide the {x.shape[1]} channels of x; give a divisor")
     run = op.normalise if is_direct(x) else op.local_response_norm
-    result: Tensor = run(x, size, float(alpha), float(beta), float(k), groups, relu)
+    result: Tensor = run(x, size, float(alpha), float(beta), float(k), groups, bool(relu))
     return result

@@ -61,7 +61,7 @@ def max_pool2d(
     }  # fmt: skip
     pairs = [pair(name, value) for name, value in given.items()]
     maxima: Any = _maxima if is_direct(x) else _max_pool2d
-    result: Tensor = maxima(x, *pairs, ceil_mode)
+    result: Tensor = maxima(x, *pairs, bool(ceil_mode))
     return result
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squall.kernels.native.direct import is_direct
-from squall.kernels.pairs import pair
+from squall.kernels.pairs import pair, whole
 
 from . import op
 
@@ -47,6 +47,7 @@ def sparse_conv2d(
         Shape (N, outputs, ...).
 
     Raises:
+        TypeError: ``groups`` isn't a whole number.
         ValueError: A shape or data type is another, positions don't ascend, or the kernel is larger than the padded
             image.
 
@@ -59,7 +60,7 @@ def sparse_conv2d(
         tensor(2.)
 
     """
-    shape = [int(size) for size in weight_shape]
+    shape, groups = [int(size) for size in weight_shape], whole("groups", groups)
     pairs = {
         name: pair(name, value) for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
     }
@@ -88,7 +89,7 @@ def sparse_conv2d(
     if sizes.out_height < 1 or sizes.out_width < 1:
         raise ValueError(f"the kernel, {shape[2]} x {shape[3]}, is larger than x, {x.shape[2]} x {x.shape[3]}, padded")
     if is_direct(x, values, positions, bias):
-        return op.convolve(x, values, positions, bias, sizes, relu)
+        return op.convolve(x, values, positions, bias, sizes, bool(relu))
     result: Tensor = op.sparse_conv2d(
         x, values, positions, bias, shape, pairs["stride"], pairs["padding"], pairs["dilation"], groups, relu
     )

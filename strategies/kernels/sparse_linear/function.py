@@ -38,8 +38,8 @@ def sparse_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, r
     if packed.values.requires_grad:
         raise ValueError("packed.values requires a gradient, which sparse_linear has none for; use sparse_linear_live")
     rows = x if x.ndim == 2 else _flat(x)
-    if is_direct(rows, packed.values, bias):
-        y = op.multiply(rows, packed, bias, relu)
+    if is_direct(rows, *packed[:6], bias):
+        y = op.multiply(rows, packed, bias, bool(relu))
     else:
         y = op.sparse_linear(rows, *packed, bias, relu)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], packed.num_rows)
