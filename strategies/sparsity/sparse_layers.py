@@ -12,7 +12,6 @@ from squall.kernels import max_pool2d, sparse_conv2d, sparse_linear
 from squall.kernels.sparse_linear import PackedWeight, pack_codes, pack_values
 
 MOST_CODES = 256
-_FIELDS = PackedWeight._fields
 
 
 class SparseConv2d(nn.Module):
@@ -154,7 +153,7 @@ class SparseLinear(nn.Module):
         """The weights."""
         # As attributes they'd be looked for elsewhere first. Whoever assigns a parameter has it among these.
         there: dict[str, Any] = {**self._parameters, **self._buffers, **self._numbers}
-        return PackedWeight(*[there[name] for name in _FIELDS])
+        return PackedWeight(*[there[name] for name in PackedWeight._fields])
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x``, shape (..., inputs)."""

@@ -32,8 +32,8 @@ def _in_lanes(batch: int) -> int:
 def _parts(packed: PackedWeight) -> tuple[int | None, ...]:
     columns, codes, values, rows, starts, tiles = packed[:6]
     return (
-        columns.data_ptr(), None if codes is None else codes.data_ptr(), values.data_ptr(), rows.data_ptr(),
-        starts.data_ptr(), tiles.data_ptr(),
+        columns.data_ptr(), native.pointer(codes), values.data_ptr(), rows.data_ptr(), starts.data_ptr(),
+        tiles.data_ptr(),
     )  # fmt: skip
 
 
@@ -86,9 +86,9 @@ def multiply(x: Tensor, packed: PackedWeight, bias: Tensor | None, relu: bool) -
         num_parts, num_shared, num_own, num_owners = 1, _in_lanes(batch), (row_block + 1) * _LANES, num_threads
     shared, own = x.new_empty(max(1, num_shared * num_tiles * _TILE)), x.new_empty(num_owners * num_own)
     _forward(
-        *_parts(packed), x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), shared.data_ptr(),
-        own.data_ptr(), num_own, packed.values.shape[0], num_rows, num_columns, row_block, batch, num_parts, relu, one,
-        x.dtype == torch.float64, num_threads,
+        *_parts(packed), x.data_ptr(), native.pointer(bias), y.data_ptr(), shared.data_ptr(), own.data_ptr(), num_own,
+        packed.values.shape[0], num_rows, num_columns, row_block, batch, num_parts, relu, one, x.dtype == torch.float64,
+        num_threads,
     )  # fmt: skip
     return y
 
